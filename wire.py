@@ -1,0 +1,358 @@
+"""Every message between relay and gpu, and how each is signed. Pydantic and the standard library only.
+
+Knows nothing of HTTP servers, databases or torch. Unknown fields are refused: both ends are ours.
+"""
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+PROTOCOL = 1  # raised when a message changes in a way that an older peer can't read
+
+SIGNATURE_WINDOW_S = 60.0  # a signed request is good this long, on the relay's clock
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
+
+Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
+Auto = Literal["auto"]
+Family = Literal["llama", "gpt2", "sd"]
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- what to train ---------------------------------------------------------------------------------------------------
+
+LAYERS_PATTERN = r"(all|(first|last):\d+|\d+(-\d+)?|[a-z_]+(\.\d+(-\d+)?)?)"
+
+
+class LayerSpec(Message):
+    """Which tensors a job trains, and how. Layers count from 0; ranges are inclusive at both ends."""
+
+    method: Literal["full", "lora", "dora"] = "lora"
+    quantize: Literal["none", "8bit", "4bit"] = "none"  # of the frozen base weights
+    parts: list[str] = Field(default=["attn", "mlp"], min_length=1, max_length=32)
+    layers: str = Field(default="all", max_length=500)  # all | first:4 | last:8 | 8-15,31 | block names
+    match: str | None = Field(default=None, max_length=500)  # regular expression on tensor names; narrows
+    component: str | None = None  # unet | text_encoder, where a model has more than one
+    rank: int = Field(default=16, ge=1, le=1024)  # lora, dora
+    alpha: float | None = Field(default=None, gt=0, le=65536)  # lora, dora; None: twice the rank
+
+    @field_validator("layers")
+    @classmethod
+    def _grammar(cls, text: str) -> str:
+        for item in text.split(","):
+            if not re.fullmatch(LAYERS_PATTERN, item.strip()):
+                raise ValueError(f"'{item}' is no layer range: use all, first:4, last:8, 3, 8-15 or a block name")
+        return text
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as exc:
+            raise ValueError(f"'{pattern}' is no regular expression: {exc}") from exc
+        return pattern
+
+
+class Hyperparameters(Message):
+    """As in the OpenAI API, and three of our own. "auto" is resolved by the gpu, which reports what it chose."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # rows an optimizer step sees
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] | Auto = "auto"
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = "auto"  # before the multiplier
+    max_length_tokens: Annotated[int, Field(ge=8)] | Auto = "auto"  # longer rows are cut, and counted
+    micro_batch_rows: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # rows of one slice of training
+
+
+class FileRef(Message):
+    """A blob, by content."""
+
+    name: str = Field(min_length=1, max_length=200)
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class JobSpec(Message):
+    """Everything that a gpu needs to run one fine-tune."""
+
+    job_id: str
+    base_model: str
+    layers: list[LayerSpec] = Field(min_length=1, max_length=16)
+    hyperparameters: Hyperparameters
+    seed: int = Field(ge=0, lt=2**31)
+    training_file: FileRef
+    validation_file: FileRef | None = None
+
+
+class AdapterManifest(Message):
+    """What a fine-tune produced: the trained tensors and the JSON that says what they are."""
+
+    base_model: str
+    base_revision: str
+    files: list[FileRef] = Field(min_length=1, max_length=16)
+
+
+class TunedModel(Message):
+    """Reply of GET /gpu/models/{id}: what to fetch in order to serve a tuned model."""
+
+    id: str
+    adapter: AdapterManifest
+
+
+# --- enrolment and heartbeat -----------------------------------------------------------------------------------------
+
+
+class Device(Message):
+    kind: Literal["cpu", "cuda", "mps"]
+    name: str = Field(max_length=200)
+    memory_bytes: int = Field(ge=0)
+    free_bytes: int = Field(ge=0)
+    precision: str = Field(max_length=20)
+    precision_why: str = Field(max_length=200)
+
+
+class OfferedModel(Message):
+    """A base model that this gpu can serve and train without asking anyone."""
+
+    id: str = Field(min_length=1, max_length=200)
+    family: Family
+    n_layers: int = Field(ge=1)
+    context_tokens: int = Field(ge=1)
+    loaded: bool
+
+
+class HeldLease(Message):
+    job_id: str
+    fence: int = Field(ge=1)
+
+
+class EnrolRequest(Message):
+    """POST /gpu/enrol, with the enrol token as bearer. Said again whenever the URL changes or the relay forgot us."""
+
+    protocol: int = PROTOCOL
+    instance: str = Field(min_length=32, max_length=128)  # secret of this data folder: who re-enrols is the same gpu
+    process: str = Field(min_length=8, max_length=64)  # new at every start: a new process holds none of the old leases
+    name: str = Field(min_length=1, max_length=100)
+    url: str | None = Field(default=None, max_length=500)  # None: alive but not reachable
+    tunnel: str = Field(max_length=20)
+    device: Device
+    families: list[Family]
+    models: list[OfferedModel] = Field(max_length=200)
+    leases: list[HeldLease] = Field(default=[], max_length=100)
+    runtime_ends_at: float | None = None  # unix time, where the provider says
+
+
+class EnrolReply(Message):
+    gpu_id: str
+    epoch: int
+    signing_key: str
+    relay_time: float
+    heartbeat_s: float  # the relay holds a heartbeat back this long when it has nothing to say
+    lease_s: float
+
+
+class Challenge(Message):
+    """POST /challenge on the gpu, through the tunnel. The relay signs the request as any other."""
+
+    nonce: str = Field(min_length=16, max_length=128)
+
+
+class ChallengeReply(Message):
+    proof: str
+
+
+class Heartbeat(Message):
+    free_bytes: int = Field(ge=0)
+    models: list[OfferedModel] = Field(max_length=200)
+    leases: list[HeldLease] = Field(max_length=100)
+    active_requests: int = Field(ge=0)
+
+
+class GrantLease(Message):
+    kind: Literal["grant"] = "grant"
+    fence: int
+    job: JobSpec
+
+
+class CancelLease(Message):
+    """Stop work on this lease: cancelled by its owner, or given to another gpu."""
+
+    kind: Literal["cancel"] = "cancel"
+    job_id: str
+    fence: int
+
+
+Command = Annotated[GrantLease | CancelLease, Field(discriminator="kind")]
+
+
+class HeartbeatReply(Message):
+    """Commands are derived from the database each time, so a lost reply loses nothing; carry each out at most once."""
+
+    relay_time: float
+    reachable: bool
+    commands: list[Command]
+
+
+# --- a job's life ----------------------------------------------------------------------------------------------------
+
+
+class JobEvent(Message):
+    seq: int = Field(ge=0)  # counts from 0 within one lease: a batch sent twice is stored once
+    at: float  # unix time, on the relay's clock as the gpu knows it
+    type: Literal["message", "metrics"] = "message"
+    level: Literal["info", "warn", "error"] = "info"
+    message: str = Field(max_length=2000)
+    data: dict[str, Any] = {}
+
+
+class JobEvents(Message):
+    """POST /gpu/jobs/{id}/events. Renews the lease, even when empty. 409: the lease is lost, stop."""
+
+    fence: int = Field(ge=1)
+    events: list[JobEvent] = Field(max_length=1000)
+
+
+class JobError(Message):
+    """In the terms of the public error shape. `retry`: another gpu may do better."""
+
+    message: str = Field(max_length=4000)
+    code: str = Field(max_length=100)
+    param: str | None = None
+    retry: bool = False
+
+
+class JobResult(Message):
+    """POST /gpu/jobs/{id}/finish, once the adapter's blobs are stored. Exactly one of `adapter` and `error`."""
+
+    fence: int = Field(ge=1)
+    adapter: AdapterManifest | None = None
+    error: JobError | None = None
+    trained_tokens: int = Field(default=0, ge=0)
+    hyperparameters: Hyperparameters | None = None  # as resolved: no "auto" left
+
+
+# --- errors, in the OpenAI shape -------------------------------------------------------------------------------------
+
+
+def error_body(message: str, *, type: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """The one error shape. https://platform.openai.com/docs/guides/error-codes"""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
+def validation_message(errors: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """Pydantic's errors as one sentence that names each field, and the first field as `param`."""
+    parts = []
+    for error in errors[:5]:
+        # Names of union members stand in the location too; they mean nothing to a caller.
+        path = ".".join(str(p) for p in error["loc"] if isinstance(p, int) or not re.search(r"[\[\]()-]|Spec$", p))
+        parts.append(f"{path or 'body'}: {error['msg'].removeprefix('Value error, ')}")
+    first = errors[0]["loc"] if errors else ()
+    return "; ".join(parts), (str(first[0]) if first else None)
+
+
+# --- signatures ------------------------------------------------------------------------------------------------------
+
+HEADER_GPU = "x-imfine-gpu"
+HEADER_EPOCH = "x-imfine-epoch"
+HEADER_TIME = "x-imfine-time"
+HEADER_NONCE = "x-imfine-nonce"
+HEADER_BODY = "x-imfine-body-sha256"
+HEADER_SIGNATURE = "x-imfine-signature"
+
+
+class BadSignature(Exception):
+    """The message says which check failed; it is meant for a log, and tells a forger nothing that helps."""
+
+
+class SeenNonces:
+    """Nonces of the last window, so that a signed request works once. Not shared between processes."""
+
+    def __init__(self, window_s: float = SIGNATURE_WINDOW_S) -> None:
+        self._window_s = window_s
+        self._expiry: dict[str, float] = {}  # insertion order is expiry order
+
+    def add(self, nonce: str, now: float) -> bool:
+        """False if it was seen within the window."""
+        for old, expires in self._expiry.items():
+            if expires > now:
+                break
+            del self._expiry[old]
+            return self.add(nonce, now)
+        if nonce in self._expiry:
+            return False
+        self._expiry[nonce] = now + 2 * self._window_s  # a clock may be a window ahead
+        return True
+
+
+def body_sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
+class SignedBy(Message):
+    """Who signed; the key is looked up by these two."""
+
+    gpu_id: str
+    epoch: int
+
+    @classmethod
+    def claimed(cls, headers: Mapping[str, str]) -> Self:
+        try:
+            return cls(gpu_id=headers[HEADER_GPU], epoch=int(headers[HEADER_EPOCH]))
+        except (KeyError, ValueError) as exc:
+            raise BadSignature("the request is not signed") from exc
+
+
+def _mac(key: str, *fields: str) -> str:
+    # JSON keeps the fields apart: no two different requests have the same text to sign.
+    return hmac.new(key.encode(), json.dumps(fields).encode(), hashlib.sha256).hexdigest()
+
+
+def sign(key: str, by: SignedBy, method: str, target: str, sha256: str, now: float) -> dict[str, str]:
+    """Headers for a request. `target` is the path with its query, as sent; `now` is the relay's time."""
+    nonce, time_text = secrets.token_hex(16), f"{now:.3f}"
+    mac = _mac(key, method, target, sha256, time_text, nonce, by.gpu_id, str(by.epoch))
+    return {
+        HEADER_GPU: by.gpu_id,
+        HEADER_EPOCH: str(by.epoch),
+        HEADER_TIME: time_text,
+        HEADER_NONCE: nonce,
+        HEADER_BODY: sha256,
+        HEADER_SIGNATURE: mac,
+    }
+
+
+def verify(
+    key: str, by: SignedBy, method: str, target: str, headers: Mapping[str, str], now: float, seen: SeenNonces
+) -> str:
+    """Check all but the body, and return the body's promised SHA-256, which the caller must compare while reading.
+
+    Raises BadSignature. The nonce is remembered only after the signature holds, so a forger can't fill the memory.
+    """
+    try:
+        time_text, nonce, sha256 = headers[HEADER_TIME], headers[HEADER_NONCE], headers[HEADER_BODY]
+        signature, sent_at = headers[HEADER_SIGNATURE], float(time_text)
+    except (KeyError, ValueError) as exc:
+        raise BadSignature("the request is not signed") from exc
+    mac = _mac(key, method, target, sha256, time_text, nonce, by.gpu_id, str(by.epoch))
+    if not hmac.compare_digest(mac.encode(), signature.encode()):
+        raise BadSignature("the signature does not fit the request")
+    if not abs(now - sent_at) <= SIGNATURE_WINDOW_S:
+        raise BadSignature(f"the request is {now - sent_at:.0f} s old by the relay's clock")
+    if not seen.add(nonce, now):
+        raise BadSignature("the request was sent before")
+    return sha256
+
+
+def challenge_proof(key: str, nonce: str, by: SignedBy) -> str:
+    """What only the gpu that was enrolled can answer to the relay's nonce."""
+    return _mac(key, "challenge", nonce, by.gpu_id, str(by.epoch))
