@@ -283,11 +283,8 @@ class SeenNonces:
 
     def add(self, nonce: str, now: float) -> bool:
         """False if it was seen within the window."""
-        for old, expires in self._expiry.items():
-            if expires > now:
-                break
-            del self._expiry[old]
-            return self.add(nonce, now)
+        while self._expiry and self._expiry[oldest := next(iter(self._expiry))] <= now:
+            del self._expiry[oldest]
         if nonce in self._expiry:
             return False
         self._expiry[nonce] = now + 2 * self._window_s  # a clock may be a window ahead

@@ -1,0 +1,85 @@
+"""Settings of the gpu service. The only file here that reads the environment; read once, at start."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLE: dict[str, str] = {
+    "GPU_HOST": "Address to listen on.",
+    "GPU_PORT": "Port to listen on.",
+    "GPU_DATA_DIR": "Where this gpu keeps its key, its identity, fetched adapters and work in progress.",
+    "GPU_MODELS": "Models to load at start: hub ids or folders, separated by commas; `name=folder` gives a folder a name.",
+    "GPU_KEY": "Bearer key for direct requests. Made on first start and written to `gpu.key` when not set.",
+    "GPU_RELAY_URL": "The relay to enrol with. Without it the service stands alone.",
+    "GPU_ENROL_TOKEN": "The relay's enrol token.",
+    "GPU_NAME": "How the relay calls this gpu in lists; the host name by default.",
+    "GPU_TUNNEL": "How the relay reaches this gpu: `none` (by GPU_PUBLIC_URL).",
+    "GPU_PUBLIC_URL": "With the tunnel `none`: the URL at which the relay reaches this service.",
+    "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
+    "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
+    "HF_TOKEN": "Hugging Face token, for models that ask for one.",
+}
+
+
+class BadSetting(Exception):
+    """One line, for the person who starts the service."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    host: str = "127.0.0.1"
+    port: int = 8001
+    data_dir: Path = Path("data/gpu")
+    models: tuple[str, ...] = ()
+    key: str | None = None
+    relay_url: str | None = None
+    enrol_token: str | None = None
+    name: str | None = None
+    tunnel: str = "none"
+    public_url: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    hf_token: str | None = None
+
+    max_body_bytes: int = 8 * 2**20
+    max_waiting: int = 64  # generations under way or waiting; past it 429
+    train_share: float = 0.5  # of device time, while others chat
+    prefill_chunk_tokens: int = 512  # of one prompt, before the other rows get their turn
+    adapter_cache_bytes: int = 2 * 2**30  # of adapters held in memory
+
+
+def from_env(env: Mapping[str, str] = os.environ) -> Settings:
+    def text(name: str) -> str | None:
+        return env.get(name, "").strip() or None
+
+    def one_of(name: str, *allowed: str) -> str | None:
+        value = text(name)
+        if value and value not in allowed:
+            raise BadSetting(f"{name} is '{value}': use {', '.join(allowed)}, or leave it unset")
+        return value
+
+    port = text("GPU_PORT") or "8001"
+    if not port.isdigit() or not 0 <= int(port) < 65536:
+        raise BadSetting(f"GPU_PORT is '{port}': use a number from 0 to 65535")
+    relay_url, token = text("GPU_RELAY_URL"), text("GPU_ENROL_TOKEN")
+    if relay_url and not relay_url.startswith(("http://", "https://")):
+        raise BadSetting(f"GPU_RELAY_URL is '{relay_url}': it must begin with https:// (or http:// on this machine)")
+    if relay_url and not token:
+        raise BadSetting("GPU_RELAY_URL is set and GPU_ENROL_TOKEN is not: the relay wrote it to enrol.token")
+    public_url = text("GPU_PUBLIC_URL")
+    return Settings(
+        host=text("GPU_HOST") or "127.0.0.1",
+        port=int(port),
+        data_dir=Path(text("GPU_DATA_DIR") or "data/gpu"),
+        models=tuple(m.strip() for m in (text("GPU_MODELS") or "").split(",") if m.strip()),
+        key=text("GPU_KEY"),
+        relay_url=relay_url.rstrip("/") if relay_url else None,
+        enrol_token=token,
+        name=text("GPU_NAME"),
+        tunnel=one_of("GPU_TUNNEL", "none") or "none",
+        public_url=public_url.rstrip("/") if public_url else None,
+        device=one_of("GPU_DEVICE", "cpu", "cuda", "mps"),
+        precision=one_of("GPU_PRECISION", "fp32", "bf16", "fp16"),
+        hf_token=text("HF_TOKEN"),
+    )
