@@ -1,0 +1,41 @@
+# I'm Fine (아임파인). Plain `make` lists the targets; each of them sets itself up first.
+
+PYTHON ?=       # a Python >= 3.11 to build .venv with; empty: the first one found that runs
+TORCH_INDEX ?=  # package index for torch alone, such as the CPU index shown on pytorch.org; empty: pip's own
+DATA ?= data
+TOUR ?= 1
+export PYTHON TORCH_INDEX DATA TOUR
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint test test-all clean
+
+help:
+	@echo "make demo      relay + gpu on this machine; fine-tunes a small Llama before your eyes (TOUR=0: only serve)"
+	@echo "make test      lint, types, unit and end-to-end tests"
+	@echo "make test-all  and the long ones"
+	@echo "make lint      ruff and mypy only"
+	@echo "make setup     only make .venv, with what demo and tests need"
+	@echo "make clean     remove .venv and caches; $(DATA)/ with your jobs and models stays"
+	@echo "Settings: PYTHON=/path/to/python3.13  TORCH_INDEX=URL (torch only)  DATA=folder"
+
+setup:
+	@sh setup.sh dev
+
+demo:
+	@sh setup.sh
+	@.venv/bin/python -m demo
+
+lint: setup
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+test: lint
+	.venv/bin/python -m pytest -m "not long"
+
+test-all: test
+	.venv/bin/python -m pytest -m long || test $$? -eq 5  # 5: no test is long yet
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
