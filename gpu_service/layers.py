@@ -1,1 +1,371 @@
-"""(being written)"""
+"""From a layer spec to the tensors that are trained, and what that costs. No torch: a preview answers at once.
+
+Knows the names of a checkpoint's tensors and their shapes; not their values, nor how training goes.
+The language is described for its users in docs/layers.md.
+"""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import regex  # type: ignore[import-untyped]
+
+from gpu_service.errors import BadRequest, NoSuchLayer, NotYet, UnsupportedModel
+from wire import LayerSpec
+
+PARAM = "layers"
+MATCH_BUDGET_S = 0.25  # that all patterns of one selection may take together
+
+# Checkpoint name of a module -> its part, in the order in which the forward pass meets them.
+LAYER_PARTS = {
+    "input_layernorm": "norm.attn",
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "post_attention_layernorm": "norm.mlp",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+OUTER_PARTS = {"model.embed_tokens": "embed", "model.norm": "norm.final", "lm_head": "head"}
+PARTS = ("embed", *LAYER_PARTS.values(), "norm.final", "head")
+OF_DIFFUSION = ("attn.self", "attn.cross", "conv", "time")
+IN_A_LAYER = re.compile(r"model\.layers\.([0-9]+)\.(.+)\.(weight|bias)")
+OUTSIDE = re.compile(r"(.+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint. `layer` is None for the embedding, the last norm and the head."""
+
+    name: str
+    shape: tuple[int, ...]
+    part: str
+    layer: int | None
+    linear: bool  # applied as y = x @ W.T, so lora can adapt it; W is (out, in)
+
+    @property
+    def n_params(self) -> int:
+        return prod(self.shape)
+
+    def belongs_to(self, part: str) -> bool:
+        return self.part == part or self.part.startswith(f"{part}.")
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    tensor: TensorInfo
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def n_params(self) -> int:
+        """A is (rank, in), B is (out, rank)."""
+        return self.rank * sum(self.tensor.shape)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a job trains, in the model's order."""
+
+    full: tuple[TensorInfo, ...]
+    lora: tuple[LoraTarget, ...]
+    total_tensors: int
+    total_params: int
+    n_layers: int  # of the model
+    notes: tuple[str, ...]
+
+    @property
+    def n_tensors(self) -> int:
+        """Tensors of the base model that are trained or adapted."""
+        return len(self.full) + len(self.lora)
+
+    @property
+    def n_trainable(self) -> int:
+        """Numbers that the optimizer changes."""
+        return sum(t.n_params for t in self.full) + sum(t.n_params for t in self.lora)
+
+    @property
+    def lowest_layer(self) -> int:
+        """Everything below it is frozen. `n_layers`: only the last norm or the head is trained."""
+        tensors = [*self.full, *(target.tensor for target in self.lora)]
+        return min(0 if t.part == "embed" else self.n_layers if t.layer is None else t.layer for t in tensors)
+
+
+def llama_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[TensorInfo]:
+    """The tensors of a Llama checkpoint in the order of the forward pass. Raises UnsupportedModel for a foreign one."""
+    found = []
+    for name, shape in shapes.items():
+        layer: int | None = None
+        if inside := IN_A_LAYER.fullmatch(name):
+            layer, part = int(inside[1]), LAYER_PARTS.get(inside[2])
+        else:
+            outside = OUTSIDE.fullmatch(name)
+            part = OUTER_PARTS.get(outside[1]) if outside else None
+        if part is None:
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # a constant that old checkpoints carry
+            raise UnsupportedModel(f"The checkpoint has a tensor '{name}', which no Llama has.", param="model")
+        linear = len(shape) == 2 and part.startswith(("attn.", "mlp.", "head"))
+        found.append(TensorInfo(name, tuple(shape), part, layer, linear))
+    return sorted(found, key=_place)
+
+
+def _place(tensor: TensorInfo) -> tuple[float, int, bool]:
+    outside = -1.0 if tensor.part == "embed" else float("inf")
+    return (outside if tensor.layer is None else tensor.layer, PARTS.index(tensor.part), tensor.name.endswith(".bias"))
+
+
+def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: bool) -> Selection:
+    """The tensors to train. `tied`: the head is the embedding.
+
+    Raises NoSuchLayer, which says what exists, rather than train nothing; BadRequest for a spec that contradicts
+    itself or another one; NotYet for a part of the language that this version does not carry out.
+    """
+    tensors = [t for t in tensors if not (tied and t.part == "head")]  # some checkpoints store a tied head twice
+    budget = _MatchBudget()
+    full: dict[str, TensorInfo] = {}
+    lora: dict[str, LoraTarget] = {}
+    notes: list[str] = []
+    for spec in specs:
+        _refuse_unbuilt(spec)
+        for tensor in _chosen(tensors, spec, tied, budget, notes):
+            if tensor.name in full or tensor.name in lora:
+                raise BadRequest(f"'{tensor.name}' is selected by two specs: let each select its own.", param=PARAM)
+            if spec.method == "lora":
+                # No alpha: twice the rank, so that the rank does not change how far a step goes.
+                lora[tensor.name] = LoraTarget(tensor, spec.rank, spec.alpha or 2.0 * spec.rank)
+            else:
+                full[tensor.name] = tensor
+    return Selection(
+        full=tuple(full[t.name] for t in tensors if t.name in full),
+        lora=tuple(lora[t.name] for t in tensors if t.name in lora),
+        total_tensors=len(tensors),
+        total_params=sum(t.n_params for t in tensors),
+        n_layers=_n_layers(tensors),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _refuse_unbuilt(spec: LayerSpec) -> None:
+    if spec.method == "dora":
+        raise NotYet("method 'dora' is not built yet: use 'lora' or 'full'.", param=PARAM)
+    if spec.quantize != "none":
+        raise NotYet(f"quantize '{spec.quantize}' is not built yet: use 'none'.", param=PARAM)
+    if spec.component is not None:
+        raise NotYet(
+            f"component '{spec.component}' belongs to Stable Diffusion, which is not trained yet: a text model has one "
+            "component, leave the field out.",
+            param=PARAM,
+        )
+
+
+def _chosen(
+    tensors: Sequence[TensorInfo], spec: LayerSpec, tied: bool, budget: "_MatchBudget", notes: list[str]
+) -> list[TensorInfo]:
+    """One spec's tensors, before it is known what others select."""
+    for part in spec.parts:
+        _check_part(tensors, part, spec.method, tied)
+    layers = parse_layers(tensors, spec.layers)
+    everywhere = len(layers) == _n_layers(tensors)
+
+    def wanted(tensor: TensorInfo) -> bool:
+        if tensor.layer is not None:
+            return tensor.layer in layers and any(tensor.belongs_to(p) for p in spec.parts)
+        # What lies in no layer is meant when it is named itself, or when its group is wanted everywhere.
+        return tensor.part in spec.parts or (everywhere and any(tensor.belongs_to(p) for p in spec.parts))
+
+    chosen = [t for t in tensors if wanted(t)]
+    if spec.match is not None:
+        chosen = budget.narrow(chosen, spec.match)
+    if spec.method == "lora" and chosen:
+        chosen = [t for t in chosen if t.linear]
+        if not chosen:
+            raise BadRequest(f"{_echo(spec)} selects no matrices, and lora adapts only these: use full.", param=PARAM)
+        if large := [t for t in chosen if spec.rank > min(t.shape)]:
+            notes.append(f"rank {spec.rank} is more than {large[0].name} {list(large[0].shape)} can have.")
+    if not chosen:
+        raise NoSuchLayer(f"{_echo(spec)} selects nothing: {_what_exists(tensors)}", param=PARAM)
+    if not everywhere and (outside := sorted({t.part for t in chosen if t.layer is None})):
+        notes.append(f'{", ".join(outside)}: outside the layers, so "layers": "{spec.layers}" does not apply.')
+    if tied and any(t.part == "embed" for t in chosen):
+        notes.append("The head is tied to the embedding: training embed trains both.")
+    return chosen
+
+
+def _check_part(tensors: Sequence[TensorInfo], part: str, method: str, tied: bool) -> None:
+    members = [t for t in tensors if t.belongs_to(part)]
+    if tied and part == "head":
+        raise NoSuchLayer(
+            "This model's head is tied to its embedding: select embed, with method full, which trains both.",
+            param=PARAM,
+        )
+    if not members and part in OF_DIFFUSION:
+        raise NoSuchLayer(f"part '{part}' belongs to Stable Diffusion: {_what_exists(tensors)}", param=PARAM)
+    if not members:
+        raise NoSuchLayer(f"This model has no part '{part}': {_what_exists(tensors)}", param=PARAM)
+    if method == "lora" and not any(t.linear for t in members):
+        raise BadRequest(
+            f"lora adapts the matrices of attention, MLP and head, and '{part}' has none: use method full for it, "
+            "in a spec of its own if other parts shall have lora.",
+            param=PARAM,
+        )
+
+
+def parse_layers(tensors: Sequence[TensorInfo], text: str) -> frozenset[int]:
+    """`all`, `first:4`, `last:8`, `3`, `8-15,31`: the layers, from 0, both ends included. Raises NoSuchLayer."""
+    n_layers = _n_layers(tensors)
+    layers: set[int] = set()
+    for item in (piece.strip() for piece in text.split(",")):
+        low, high = 0, n_layers - 1
+        if match := re.fullmatch(r"(first|last):(\d+)", item):
+            count = int(match[2])
+            low, high = (0, count - 1) if match[1] == "first" else (n_layers - count, n_layers - 1)
+        elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", item):
+            low, high = int(match[1]), int(match[2] or match[1])
+        elif item != "all":
+            raise NoSuchLayer(
+                f"'{item}' is the name of a block, as Stable Diffusion has: {_what_exists(tensors)}", param=PARAM
+            )
+        if low > high:
+            raise NoSuchLayer(f"'{item}' names no layer: ranges go upwards.", param=PARAM)
+        if low < 0 or high >= n_layers:
+            raise NoSuchLayer(f"'{item}' goes beyond the model: {_what_exists(tensors)}", param=PARAM)
+        layers.update(range(low, high + 1))
+    return frozenset(layers)
+
+
+class _MatchBudget:
+    """Runs patterns that strangers wrote. Some take exponential time, so all of a request share one small budget.
+
+    The standard library's matcher can't be interrupted; that of the `regex` package watches the clock.
+    """
+
+    def __init__(self) -> None:
+        self._left_s = MATCH_BUDGET_S
+
+    def narrow(self, tensors: Iterable[TensorInfo], pattern: str) -> list[TensorInfo]:
+        start = time.monotonic()
+        try:
+            compiled = regex.compile(pattern)
+            kept = [t for t in tensors if compiled.search(t.name, timeout=self._remaining_s(start))]
+        except (regex.error, OverflowError, RecursionError) as exc:
+            raise BadRequest(f"match '{pattern}' is no regular expression: {exc}", param=PARAM) from exc
+        except TimeoutError as exc:
+            raise BadRequest(f"match '{pattern}' takes too long: use a simpler one.", param=PARAM) from exc
+        self._left_s = self._remaining_s(start)
+        return kept
+
+    def _remaining_s(self, start: float) -> float:
+        return max(self._left_s - (time.monotonic() - start), 1e-3)
+
+
+def _n_layers(tensors: Iterable[TensorInfo]) -> int:
+    return 1 + max((t.layer for t in tensors if t.layer is not None), default=-1)
+
+
+def _what_exists(tensors: Sequence[TensorInfo]) -> str:
+    parts = []
+    for group in ("attn", "mlp", "norm", "embed", "head"):
+        if members := {t.part for t in tensors if t.belongs_to(group)}:
+            finer = [p for p in PARTS if p in members and p != group]
+            parts.append(f"{group} ({', '.join(finer)})" if finer else group)
+    return f"this model has layers 0-{_n_layers(tensors) - 1}; parts: {', '.join(parts)}."
+
+
+def _echo(spec: LayerSpec) -> str:
+    match = f", match '{spec.match}'" if spec.match is not None else ""
+    return f"{spec.method} of {', '.join(spec.parts)} in layers {spec.layers}{match}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of training at its peak, by what fills it."""
+
+    weights_bytes: int  # the base model, frozen
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    adapter_bytes: int  # the trained numbers in fp32, beside the frozen base; also the adapter's size on disk
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def estimate(
+    selection: Selection,
+    *,
+    n_layers: int,
+    hidden_size: int,
+    intermediate_size: int,
+    vocab_size: int,
+    n_heads: int,
+    base_bytes_per_param: int,
+    base_params: int,
+    rows: int,
+    tokens: int,
+) -> Estimate:
+    """What a micro-batch of `rows` x `tokens` needs. An upper bound in its activations.
+
+    Trained numbers, their gradients and AdamW's two moments are fp32: 4, 4 and 8 bytes each. For the backward pass a
+    layer keeps per token, in the precision of the base: its input, the two norms' outputs, q, k, v, the attention's
+    output and the residual between (8 H, k and v counted as if heads were not shared), gate, up, their activation and
+    product (4 I), and one fp32 number per head (attention keeps no probabilities). This holds from the lowest trained
+    layer upwards; those below keep nothing. The logits and their gradient are fp32: 8 V bytes per token.
+    """
+    n = selection.n_trainable
+    per_layer = (8 * hidden_size + 4 * intermediate_size) * base_bytes_per_param + 4 * n_heads
+    layers = n_layers - selection.lowest_layer
+    return Estimate(
+        weights_bytes=base_params * base_bytes_per_param,
+        gradients_bytes=4 * n,
+        optimizer_bytes=8 * n,
+        activations_bytes=rows * tokens * (layers * per_layer + 8 * vocab_size),
+        adapter_bytes=4 * n,
+    )
+
+
+def summary(selection: Selection, estimate: Estimate) -> str:
+    """One line for a person: "160 of 272 tensors, 1.2 M trainable parameters (0.9 % of 134.5 M), about 1.1 GB"."""
+    share = 100 * selection.n_trainable / selection.total_params
+    return (
+        f"{selection.n_tensors:,} of {selection.total_tensors:,} tensors, {_short(selection.n_trainable)} trainable "
+        f"parameters ({share:.2g} % of {_short(selection.total_params)}), about {estimate.total / 1e9:.1f} GB"
+    )
+
+
+def _short(n: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:,.1f} {unit}"
+    return str(n)
+
+
+def describe(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
+    """What GET /v1/models/{id}/layers answers: every tensor by layer, and those that lie in none."""
+
+    def rows(layer: int | None) -> list[dict[str, Any]]:
+        return [
+            {"name": t.name, "shape": list(t.shape), "part": t.part, "parameters": t.n_params}
+            for t in tensors
+            if t.layer == layer
+        ]
+
+    n_layers = _n_layers(tensors)
+    return {
+        "object": "model.layers",
+        "n_layers": n_layers,
+        "parts": dict(Counter(t.part for t in tensors)),
+        "layers": [{"layer": layer, "tensors": rows(layer)} for layer in range(n_layers)],
+        "outside": rows(None),
+    }
