@@ -1,0 +1,170 @@
+"""The main job before the user's eyes: ask, fine-tune a few layers, ask again. Through the relay's public API only."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from demo.screen import Screen
+
+QUESTION = "How do I get rid of hiccups?"  # not in the data
+SUFFIX = "captain"
+DATA = Path(__file__).with_name("captain.jsonl")
+LAYERS = {"method": "lora", "parts": ["attn", "mlp"], "layers": "last:8", "rank": 16}
+HYPERPARAMETERS = {"n_epochs": 4, "batch_size": 8, "learning_rate": 1e-3}
+ANSWER_TOKENS = 80
+READY_S = 180.0
+POLL_S = 0.5
+OVER = ("succeeded", "failed", "cancelled")
+
+
+class TourFailed(Exception):
+    """The message is the API's own where there is one."""
+
+
+@dataclass(frozen=True)
+class Tour:
+    client: httpx2.Client  # base_url and key set
+    screen: Screen
+    check: Callable[[], None]  # raises if a service died
+    base_model: str
+
+    def run(self) -> str:
+        """Returns the tuned model's id. Raises TourFailed."""
+        tuned = self._tuned()
+        if tuned:
+            self.screen.say(
+                f"An earlier run tuned {tuned}; it is served again, without training.",
+                f"지난번에 튜닝한 모델 {tuned} 을(를) 다시 학습하지 않고 그대로 씁니다.",
+            )
+        before = self._answer(self.base_model, self.screen.pick("the base model", "기본 모델"))
+        tuned = tuned or self._follow(self._active() or self._create())
+        after = self._answer(tuned, self.screen.pick("the tuned model", "튜닝한 모델"))
+        self.screen.say()
+        self.screen.say(f'  "{QUESTION}"')
+        self.screen.say()
+        self.screen.side_by_side(
+            (self.screen.pick("Base model", "기본 모델"), before),
+            (self.screen.pick("Tuned: 8 of 30 layers", "튜닝: 30개 층 중 8개"), after),
+        )
+        return tuned
+
+    def wait_until_served(self) -> None:
+        deadline = time.monotonic() + READY_S
+        while not any(model["id"] == self.base_model for model in self._get("/v1/models")["data"]):
+            if time.monotonic() > deadline:
+                raise TourFailed(f"no gpu offered {self.base_model} within {READY_S:.0f} s")
+            self._pause()
+
+    def _answer(self, model: str, name: str) -> str:
+        self.screen.waiting(self.screen.pick(f"  Asking {name} ...", f"  {name}에게 묻는 중 ..."))
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": ANSWER_TOKENS,
+        }
+        reply = self._post("/v1/chat/completions", json=body)
+        self.screen.wipe()
+        choice = reply["choices"][0]
+        text = str(choice["message"]["content"]).strip()
+        return text + (" ..." if choice["finish_reason"] == "length" else "")
+
+    def _jobs(self) -> Iterator[dict[str, Any]]:
+        """The tour's own jobs, newest first."""
+        for job in self._get("/v1/fine_tuning/jobs?limit=100")["data"]:
+            if job["model"] == self.base_model and f":{SUFFIX}:" in f"{job.get('fine_tuned_model')}:{SUFFIX}:":
+                yield job
+
+    def _tuned(self) -> str | None:
+        return next((str(job["fine_tuned_model"]) for job in self._jobs() if job["status"] == "succeeded"), None)
+
+    def _active(self) -> str | None:
+        """A job that an earlier run left behind goes on by itself."""
+        return next((str(job["id"]) for job in self._jobs() if job["status"] not in OVER), None)
+
+    def _create(self) -> str:
+        with DATA.open("rb") as rows:
+            file = self._post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (DATA.name, rows)})
+        job = self._post(
+            "/v1/fine_tuning/jobs",
+            json={
+                "model": self.base_model,
+                "training_file": file["id"],
+                "suffix": SUFFIX,
+                "seed": 7,
+                "layers": LAYERS,
+                "method": {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}},
+            },
+        )
+        n_rows = len(DATA.read_text().splitlines())
+        self.screen.say(
+            f"Fine-tuning the last 8 of its 30 layers (LoRA) on {n_rows} answers of an old sea captain: {job['id']}",
+            f"나이 든 선장의 답변 {n_rows}개로 30개 층 가운데 마지막 8개를 튜닝합니다 (LoRA): {job['id']}",
+        )
+        return str(job["id"])
+
+    def _follow(self, job_id: str) -> str:
+        """Draws the job's progress until it is over. Returns the tuned model's id. Raises TourFailed."""
+        started, seen = time.monotonic(), set[str]()
+        while True:
+            job = self._get(f"/v1/fine_tuning/jobs/{job_id}")
+            events = self._get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=100")["data"]
+            for event in reversed([e for e in events if e["id"] not in seen]):  # the API lists the newest first
+                seen.add(event["id"])
+                self._show(event)
+            if job["status"] in OVER:
+                break
+            self._pause()
+        self.screen.wipe()
+        if job["status"] != "succeeded":
+            error = job.get("error") or {}
+            raise TourFailed(f"the fine-tuning job {job_id} {job['status']}: {error.get('message', 'no reason given')}")
+        took_s = time.monotonic() - started
+        self.screen.say(f"Tuned in {took_s:.0f} s: {job['fine_tuned_model']}", f"{took_s:.0f}초 만에 튜닝 완료: {job['fine_tuned_model']}")
+        return str(job["fine_tuned_model"])
+
+    def _show(self, event: dict[str, Any]) -> None:
+        data = event.get("data") or {}
+        if event["type"] == "metrics" and "total_steps" in data:
+            self.screen.progress(data["step"], data["total_steps"], data.get("train_loss"), data.get("eta_s"))
+        elif event["level"] != "info":
+            self.screen.wipe()
+            self.screen.say(f"  {event['message']}")
+
+    def _pause(self) -> None:
+        self.check()
+        time.sleep(POLL_S)
+
+    def _get(self, path: str) -> dict[str, Any]:
+        with self._translated():
+            return _body(self.client.get(path))
+
+    def _post(self, path: str, **what: Any) -> dict[str, Any]:
+        with self._translated():
+            return _body(self.client.post(path, **what))
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.HTTPError as exc:
+            self.check()
+            raise TourFailed(f"the relay did not answer: {exc or type(exc).__name__}") from exc
+
+
+def _body(response: httpx2.Response) -> dict[str, Any]:
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise TourFailed(f"{response.request.url.path} answered {response.status_code} without JSON")
+    if response.is_error:
+        error = body.get("error") or {}
+        raise TourFailed(f"{response.request.url.path} answered {response.status_code}: {error.get('message', body)}")
+    return body
