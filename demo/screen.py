@@ -84,34 +84,10 @@ def progress_line(step: int, total: int, loss: float | None, eta_s: float | None
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells; the text's own line breaks stay. Long words and Korean are cut where they must."""
-    lines = []
-    for paragraph in text.strip().splitlines():
-        line = ""
-        for word in paragraph.split():
-            while cells(word) > width:
-                room = width - cells(line) - bool(line)
-                head = _head(word, room if room > 1 else width)
-                lines.append(f"{line} {head}".strip() if room > 1 else line)
-                line, word = "", word if room <= 1 else word[len(head) :]
-            if line and cells(line) + 1 + cells(word) > width:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        lines.append(line)
-    return lines
+    """The text's own line breaks stay."""
+    return [line for paragraph in text.strip().splitlines() for line in textwrap.wrap(paragraph, width) or [""]]
 
 
 def cells(text: str) -> int:
     """Columns of a terminal that the text takes: two for each Korean or other wide character."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def _head(word: str, room: int) -> str:
-    head = ""
-    for character in word:
-        if cells(head + character) > room:
-            break
-        head += character
-    return head

@@ -124,9 +124,9 @@ class Tour:
         if job["status"] != "succeeded":
             error = job.get("error") or {}
             raise TourFailed(f"the fine-tuning job {job_id} {job['status']}: {error.get('message', 'no reason given')}")
-        took_s = time.monotonic() - started
-        self.screen.say(f"Tuned in {took_s:.0f} s: {job['fine_tuned_model']}", f"{took_s:.0f}초 만에 튜닝 완료: {job['fine_tuned_model']}")
-        return str(job["fine_tuned_model"])
+        tuned, took_s = str(job["fine_tuned_model"]), time.monotonic() - started
+        self.screen.say(f"Tuned in {took_s:.0f} s: {tuned}", f"{took_s:.0f}초 만에 튜닝 완료: {tuned}")
+        return tuned
 
     def _show(self, event: dict[str, Any]) -> None:
         data = event.get("data") or {}
