@@ -52,6 +52,11 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)  # errors by code
     errors: list[RowError] = field(default_factory=list)  # the first SHOWN_ERRORS of them
 
+    def add(self, error: RowError) -> None:
+        self.counts[error.code] += 1
+        if len(self.errors) < SHOWN_ERRORS:
+            self.errors.append(error)
+
     @property
     def ok(self) -> bool:
         return self.rows > 0 and not self.counts
@@ -70,9 +75,7 @@ def check(path: Path) -> Report:
     report = Report()
     for _, row in read(path):
         if isinstance(row, RowError):
-            report.counts[row.code] += 1
-            if len(report.errors) < SHOWN_ERRORS:
-                report.errors.append(row)
+            report.add(row)
         else:
             report.rows += 1
     return report

@@ -10,7 +10,10 @@
     ├── Unauthorized          401
     ├── NoSuchModel           404
     ├── BodyTooLarge          413
+    ├── TooBusy               429
     ├── RelayUnavailable      503   an adapter has to be fetched and the relay does not answer
+    ├── BadAdapter            502   an adapter's files are damaged, or made for another model
+    ├── BadBlob               502   what was fetched is not what its hash promised
     ├── OutOfMemory           503
     └── Stopping              503
 
@@ -90,8 +93,21 @@ class BodyTooLarge(GpuError):
     status, type, code = 413, "invalid_request_error", "body_too_large"
 
 
+class TooBusy(GpuError):
+    status, type, code = 429, "rate_limit_error", "gpu_busy"
+
+
 class RelayUnavailable(GpuError):
     status, type, code = 503, "server_error", "relay_unavailable"
+    retry = True
+
+
+class BadAdapter(GpuError):
+    status, type, code = 502, "server_error", "bad_adapter"
+
+
+class BadBlob(GpuError):
+    status, type, code = 502, "server_error", "bad_blob"
     retry = True
 
 
