@@ -118,6 +118,15 @@ class Adapter:
     full: dict[str, Tensor]
     lora: dict[str, Lora]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
+        """As it is served: beside the base model, in its precision."""
+        lora = {n: Lora(x.a.to(device, dtype), x.b.to(device, dtype), x.scale) for n, x in self.lora.items()}
+        return Adapter(self.meta, {n: x.to(device, dtype) for n, x in self.full.items()}, lora)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.nbytes for t in [*self.full.values(), *(t for x in self.lora.values() for t in (x.a, x.b))])
+
 
 def _lora_keys(name: str) -> tuple[str, str]:
     stem = name.removesuffix(".weight")

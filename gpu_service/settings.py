@@ -9,7 +9,7 @@ TABLE: dict[str, str] = {
     "GPU_HOST": "Address to listen on.",
     "GPU_PORT": "Port to listen on.",
     "GPU_DATA_DIR": "Where this gpu keeps its key, its identity, fetched adapters and work in progress.",
-    "GPU_MODELS": "Models to load at start: hub ids or folders, separated by commas; `name=folder` gives a folder a name.",
+    "GPU_MODELS": "Models to load at start, separated by commas: hub ids, folders, or `name=folder` to name a folder.",
     "GPU_KEY": "Bearer key for direct requests. Made on first start and written to `gpu.key` when not set.",
     "GPU_RELAY_URL": "The relay to enrol with. Without it the service stands alone.",
     "GPU_ENROL_TOKEN": "The relay's enrol token.",
@@ -47,6 +47,7 @@ class Settings:
     train_share: float = 0.5  # of device time, while others chat
     prefill_chunk_tokens: int = 512  # of one prompt, before the other rows get their turn
     adapter_cache_bytes: int = 2 * 2**30  # of adapters held in memory
+    blob_cache_bytes: int = 20 * 2**30  # of fetched files on disk
 
 
 def from_env(env: Mapping[str, str] = os.environ) -> Settings:

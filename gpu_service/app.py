@@ -1,0 +1,265 @@
+"""HTTP routes over the worker: the OpenAI API on this gpu. Thin; what takes time happens elsewhere.
+
+The relay's requests and a person's `curl` meet the same routes.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import Executor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import wire
+from gpu_service import bodies, layers
+from gpu_service.data import encode, render_chat
+from gpu_service.device import Device
+from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
+from gpu_service.gate import Gate, Identity
+from gpu_service.models import Models, Source
+from gpu_service.text import Finish, Piece
+from gpu_service.worker import AdapterFiles, Generation, Worker
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CLIENT_CLOSED = 499  # nginx's number for a caller who left; nobody reads it
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned model whose files are on this disk."""
+
+    base_model: str
+    adapter: AdapterFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the routes are made of."""
+
+    gate: Gate
+    identity: Callable[[], Identity | None]
+    device: Device
+    models: Models
+    worker: Worker
+    tokenizing: Executor  # tokenizers are fast, but not for a whole book on the event loop
+    tuned: Callable[[str], Awaitable[Tuned | None]]  # by model id; None where there is no such model
+
+
+def create_app(parts: Parts) -> FastAPI:
+    app = FastAPI(title="I'm Fine gpu", docs_url=None, redoc_url=None, openapi_url=None)
+    routes = _Routes(parts)
+    app.add_api_route("/healthz", routes.healthz, methods=["GET"])
+    app.add_api_route("/challenge", routes.challenge, methods=["POST"])
+    app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}/layers", routes.model_layers, methods=["GET"])
+    app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
+    app.add_api_route("/v1/layers/preview", routes.preview, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", routes.completion, methods=["POST"])
+    app.add_exception_handler(GpuError, _render)
+    app.add_exception_handler(HTTPException, _render_http)
+    app.add_exception_handler(ClientDisconnect, _render_gone)
+    app.add_exception_handler(Exception, _render_unexpected)
+    return app
+
+
+class _Routes:
+    def __init__(self, parts: Parts) -> None:
+        self._p = parts
+
+    async def healthz(self) -> dict[str, str]:
+        """Open to all, and says nothing but that the process answers."""
+        return {"status": "ok"}
+
+    async def challenge(self, request: Request) -> Response:
+        """The relay's nonce, signed. Only a signed request gets here with an identity to answer for."""
+        body = bodies.parse(wire.Challenge, await self._p.gate.admit(request))
+        identity = self._p.identity()
+        if identity is None:
+            raise BadRequest("This gpu is not enrolled with a relay.")
+        proof = wire.challenge_proof(identity.signing_key, body.nonce, identity.by)
+        return JSONResponse(wire.ChallengeReply(proof=proof).model_dump())
+
+    async def list_models(self, request: Request) -> Response:
+        await self._p.gate.admit(request)
+        return JSONResponse({"object": "list", "data": [self._model(m) for m in self._p.models.offered()]})
+
+    async def get_model(self, model: str, request: Request) -> Response:
+        await self._p.gate.admit(request)
+        source, tuned = await self._resolve(model)
+        found = next(m for m in self._p.models.offered() if m.id == source.id)
+        extra = {"id": model, "base_model": source.id} if tuned else {}
+        return JSONResponse({**self._model(found), **extra})
+
+    def _model(self, m: wire.OfferedModel) -> dict[str, Any]:
+        return {"object": "model", "created": 0, "owned_by": "base", **m.model_dump()}
+
+    async def model_layers(self, model: str, request: Request) -> Response:
+        await self._p.gate.admit(request)
+        source, _ = await self._resolve(model)
+        return JSONResponse({"model": source.id, **layers.describe(source.tensors)})
+
+    async def preview(self, request: Request) -> Response:
+        """What a layer spec would train, and what that costs; nothing runs."""
+        body = bodies.parse(bodies.PreviewBody, await self._p.gate.admit(request))
+        source, _ = await self._resolve(body.model)
+        # Off the event loop: a caller's regular expression may take its time.
+        return JSONResponse(await self._off_loop(lambda: bodies.preview(source, body, self._p.device)))
+
+    async def chat(self, request: Request) -> Response:
+        body = bodies.parse(bodies.ChatBody, await self._p.gate.admit(request))
+        source, tuned = await self._resolve(body.model)
+
+        def tokens() -> list[int]:
+            messages = [m.plain() for m in body.messages]
+            return encode(source.tokenizer, render_chat(source.tokenizer, messages, add_generation_prompt=True),
+                          special=False, param="messages")  # fmt: skip
+
+        prompt = await self._off_loop(tokens)
+        return await self._answer(request, body, source, tuned, prompt, "messages", chat=True)
+
+    async def completion(self, request: Request) -> Response:
+        body = bodies.parse(bodies.CompletionBody, await self._p.gate.admit(request))
+        source, tuned = await self._resolve(body.model)
+        text = body.text()
+        prompt = await self._off_loop(lambda: encode(source.tokenizer, text, special=True))
+        if not prompt:
+            raise BadRequest(
+                "prompt is empty, and this model has no token to begin with: give some text.", param="prompt"
+            )
+        return await self._answer(request, body, source, tuned, prompt, "prompt", chat=False)
+
+    async def _answer(
+        self,
+        request: Request,
+        body: bodies.ChatBody | bodies.CompletionBody,
+        source: Source,
+        tuned: Tuned | None,
+        prompt: list[int],
+        param: str,
+        *,
+        chat: bool,
+    ) -> Response:
+        room = source.context_tokens - len(prompt)
+        if room < 1:
+            raise PromptTooLong(len(prompt), source.context_tokens, param=param)
+        wanted = Generation(
+            base_model=source.id,
+            adapter=tuned.adapter if tuned else None,
+            prompt=prompt,
+            sampling=body.sampling(min(room, body.wanted_tokens or room)),
+            dials=body.dials_for(source.tensors, source.n_layers),
+        )
+        shape = bodies.AnswerShape.new(chat, body.model)
+        pieces = self._p.worker.generate(wanted)
+        # The first piece comes before the status is sent, so that what fails at the start has a status of its own.
+        first = await _unless_gone(request, anext(pieces))
+        if body.stream:
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            frames = _frames(shape, first, pieces, usage)
+            return StreamingResponse(frames, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        return JSONResponse(await _unless_gone(request, _whole(shape, first, pieces)))
+
+    async def _resolve(self, model: str) -> tuple[Source, Tuned | None]:
+        """Raises NoSuchModel, naming those that exist."""
+        if model in self._p.models.ids():
+            return self._p.models.source(model), None
+        tuned = await self._p.tuned(model)
+        if tuned is None:
+            raise NoSuchModel(model, self._p.models.ids())
+        return self._p.models.source(tuned.base_model), tuned
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._p.tokenizing, work)
+
+
+async def _whole(
+    shape: bodies.AnswerShape, first: Piece | Finish, pieces: AsyncIterator[Piece | Finish]
+) -> dict[str, Any]:
+    text, item = "", first
+    while isinstance(item, Piece):
+        text += item.text
+        item = await anext(pieces)
+    return shape.whole(text, item)
+
+
+async def _frames(
+    shape: bodies.AnswerShape, first: Piece | Finish, pieces: Any, include_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events. An error after the first one is an event of its own, and no [DONE] follows it."""
+    async with aclosing(pieces):
+        try:
+            if opening := shape.first():
+                yield _frame(opening)
+            item = first
+            while isinstance(item, Piece):
+                yield _frame(shape.piece(item.text))
+                item = await anext(pieces)
+            yield _frame(shape.last(item))
+            if include_usage:
+                yield _frame(shape.usage_only(item))
+            yield b"data: [DONE]\n\n"
+        except GpuError as exc:
+            yield _frame(exc.body())
+        except Exception:  # the answer ends here, whatever it was
+            log.exception("a streamed answer failed")
+            yield _frame(_UNEXPECTED)
+
+
+def _frame(event: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
+    """The result; or ClientDisconnect, with the work cancelled, as soon as the caller hangs up."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for waiting in (task, gone):
+            waiting.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await waiting
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+_UNEXPECTED = wire.error_body(
+    "Something failed on this gpu that should not have; its log says what.", type="server_error", code="internal_error"
+)
+
+
+async def _render(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, GpuError)
+    headers = {"retry-after": "2"} if exc.status in (429, 503) else None
+    return JSONResponse(exc.body(), exc.status, headers)
+
+
+async def _render_http(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    message = f"There is no {request.method} {request.url.path} here."
+    return JSONResponse(wire.error_body(message, type="invalid_request_error", code="not_found"), exc.status_code)
+
+
+async def _render_gone(request: Request, exc: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)
+
+
+async def _render_unexpected(request: Request, exc: Exception) -> Response:
+    return JSONResponse(_UNEXPECTED, 500)

@@ -1,0 +1,84 @@
+"""The device, the precision and why, free memory. Knows no model."""
+
+import platform
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+import wire
+from gpu_service.errors import OutOfMemory
+from gpu_service.settings import BadSetting, Settings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: str
+    dtype: torch.dtype  # of the base weights and of activations; trained tensors are fp32 everywhere
+    scaler: bool  # gradients would underflow in fp16 without loss scaling
+    why: str
+
+
+@dataclass(frozen=True)
+class Device:
+    torch: torch.device
+    name: str
+    precision: Precision
+
+    def memory_bytes(self) -> int:
+        if self.torch.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.torch).total_memory)
+        return int(psutil.virtual_memory().total)
+
+    def free_bytes(self) -> int:
+        if self.torch.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.torch)[0])
+        return int(psutil.virtual_memory().available)
+
+    def wire(self) -> wire.Device:
+        kind = self.torch.type
+        assert kind in ("cpu", "cuda", "mps")
+        return wire.Device(
+            kind=kind,
+            name=self.name[:200],
+            memory_bytes=self.memory_bytes(),
+            free_bytes=self.free_bytes(),
+            precision=self.precision.name,
+            precision_why=self.precision.why,
+        )
+
+
+def choose(settings: Settings) -> Device:
+    """Raises BadSetting where the setting names a device that is not there."""
+    kind = settings.device or ("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadSetting("GPU_DEVICE is 'cuda' and torch sees no CUDA device: choose a GPU runtime, or leave it unset")
+    if kind == "mps" and not _has_mps():
+        raise BadSetting("GPU_DEVICE is 'mps' and torch sees no Apple GPU: leave it unset")
+    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
+    return Device(torch.device(kind), name, _precision(kind, settings.precision))
+
+
+def _has_mps() -> bool:
+    return bool(torch.backends.mps.is_available())
+
+
+def _precision(kind: str, wanted: str | None) -> Precision:
+    if wanted:
+        return Precision(wanted, DTYPES[wanted], wanted == "fp16", "GPU_PRECISION says so")
+    if kind == "cuda":
+        # Without the flag torch answers yes on a T4, where bf16 is emulated and slow.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bf16", torch.bfloat16, False, "this GPU has bf16 units")
+        major, minor = torch.cuda.get_device_capability()
+        return Precision("fp16", torch.float16, True, f"sm_{major}{minor} has no bf16 units")
+    return Precision("fp32", torch.float32, False, f"{kind} computes exactly in fp32, and rows repeat in any batch")
+
+
+def translate(exc: BaseException) -> BaseException:
+    """Out of memory as our own error; anything else as it came."""
+    if isinstance(exc, torch.OutOfMemoryError | MemoryError):
+        return OutOfMemory("The device ran out of memory. Use a shorter prompt, a smaller batch or fewer layers.")
+    return exc

@@ -1,0 +1,255 @@
+"""The one training loop. `run` reads top to bottom and yields after every micro-batch: that is one slice.
+
+It knows the decoder, the batches and the optimizer; nothing of leases, threads or HTTP. The caller keeps its random
+state apart from everybody else's between slices. Trained tensors are fp32 copies of their own, so the base model goes
+on serving beside it, unchanged.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import wire
+from gpu_service.artifacts import Lora
+from gpu_service.data import Batch, TokenStore, epoch_order
+from gpu_service.device import Device
+from gpu_service.errors import BadRequest
+from gpu_service.layers import Selection
+from gpu_service.llama import Llama
+from gpu_service.models import Base, Source
+from gpu_service.rows import Rows
+
+LOSS_CHUNK_TOKENS = 1024  # labelled tokens whose logits are held at once: (1024, 49152) fp32 is 200 MB
+MICRO_BATCH_TOKENS = 1024  # of one slice on the CPU: about a second, which chat has to wait
+MICRO_BATCH_TOKENS_GPU = 8192
+FREE_SHARE = 0.6  # of the free memory, for activations; the rest is for chat and for what estimates miss
+LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
+WARMUP_SHARE = 0.1  # of all steps, then linear to zero
+MAX_GRADIENT_NORM = 1.0
+AIMED_STEPS = 150  # of "auto" epochs
+DEFAULT_MAX_LENGTH_TOKENS = 1024
+
+
+class Diverged(BadRequest):
+    code = "training_diverged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Hyperparameters with every "auto" resolved. Fixed at the start: changing one would change the result."""
+
+    n_epochs: int
+    batch_rows: int
+    micro_rows: int
+    learning_rate: float  # the peak, multiplier included
+    multiplier: float
+    max_length_tokens: int
+    steps_per_epoch: int
+    warmup_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.n_epochs * self.steps_per_epoch
+
+    def chosen(self) -> wire.Hyperparameters:
+        return wire.Hyperparameters(
+            n_epochs=self.n_epochs,
+            batch_size=self.batch_rows,
+            learning_rate_multiplier=self.multiplier,
+            learning_rate=self.learning_rate / self.multiplier,
+            max_length_tokens=self.max_length_tokens,
+            micro_batch_rows=self.micro_rows,
+        )
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, from 0: linear warm-up, then linear to zero at the end."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        return self.learning_rate * (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one run needs; prepared off the device thread."""
+
+    source: Source
+    selection: Selection
+    plan: Plan
+    store: TokenStore
+    validation: TokenStore | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After one micro-batch. `train_loss` only after an optimizer step; `valid_loss` at the end of an epoch."""
+
+    step: int  # optimizer steps done
+    tokens: int  # seen so far, padding not counted
+    train_loss: float | None = None
+    gradient_norm: float | None = None
+    learning_rate: float | None = None
+    valid_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """On the CPU, in fp32."""
+
+    full: dict[str, Tensor]
+    lora: dict[str, Lora]
+    tokens: int
+
+
+def max_length(wanted: int | wire.Auto, source: Source) -> int:
+    """Tokens at which rows are cut. Raises BadRequest for more than the model can read."""
+    if wanted == "auto":
+        return min(DEFAULT_MAX_LENGTH_TOKENS, source.context_tokens)
+    if wanted > source.context_tokens:
+        raise BadRequest(
+            f"max_length_tokens is {wanted:,}, and {source.id} reads at most {source.context_tokens:,} tokens.",
+            param="hyperparameters",
+        )
+    return wanted
+
+
+def plan(
+    wanted: wire.Hyperparameters, source: Source, selection: Selection, store: TokenStore, length: int, device: Device
+) -> Plan:
+    """Sensible values for whatever is "auto", from the data set's size, the method and the free memory."""
+    n = len(store)
+    batch = min(n, 8 if n >= 64 else max(1, n // 8)) if wanted.batch_size == "auto" else min(n, wanted.batch_size)
+    steps = math.ceil(n / batch)
+    epochs = min(10, max(1, round(AIMED_STEPS / steps))) if wanted.n_epochs == "auto" else wanted.n_epochs
+    if wanted.micro_batch_rows == "auto":
+        longest = store.report.longest
+        by_time = (MICRO_BATCH_TOKENS if device.torch.type == "cpu" else MICRO_BATCH_TOKENS_GPU) // longest
+        a_row = source.cost(selection, 1, longest, device.precision.dtype.itemsize)
+        fixed = a_row.gradients_bytes + a_row.optimizer_bytes + a_row.adapter_bytes
+        by_memory = int(FREE_SHARE * (device.free_bytes() - fixed)) // a_row.activations_bytes
+        micro = max(1, min(batch, by_time, by_memory))
+    else:
+        micro = min(batch, wanted.micro_batch_rows)
+    multiplier = 1.0 if wanted.learning_rate_multiplier == "auto" else wanted.learning_rate_multiplier
+    base_rate = LEARNING_RATES["full" if selection.full else "lora"]
+    rate = base_rate if wanted.learning_rate == "auto" else wanted.learning_rate
+    return Plan(
+        n_epochs=epochs,
+        batch_rows=batch,
+        micro_rows=micro,
+        learning_rate=rate * multiplier,
+        multiplier=multiplier,
+        max_length_tokens=length,
+        steps_per_epoch=steps,
+        warmup_steps=max(1, round(WARMUP_SHARE * epochs * steps)),
+    )
+
+
+def run(job: Job, base: Base, decoder: Llama, device: Device) -> Iterator[Progress | Trained]:
+    """Train, one micro-batch per `next`; the last thing yielded is what came of it.
+
+    Raises Diverged when the loss is no longer a number.
+    """
+    torch.manual_seed(job.seed)
+    plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
+    full, lora = trainable(job.selection, base, job.seed)
+    parameters = [*full.values(), *(p for pair in lora.values() for p in (pair.a, pair.b))]
+    rows = Rows(base.weights, full=full, lora=lora)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
+    step = tokens = 0
+
+    for epoch in range(plan.n_epochs):
+        order = epoch_order(len(store), job.seed, epoch)
+        for batch_rows in _cut(order, plan.batch_rows):
+            batches = [store.batch(rows_of_slice, pad_id=0) for rows_of_slice in _cut(batch_rows, plan.micro_rows)]
+            # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
+            learned = sum(int(batch.learn.sum()) for batch in batches)
+            total_loss = 0.0
+            for index, batch in enumerate(batches):
+                loss = summed_loss(decoder, rows, batch, lowest, device) / learned
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                total_loss += loss.item()
+                tokens += int(batch.lengths.sum())
+                if index + 1 < len(batches):
+                    yield Progress(step, tokens)
+            if not math.isfinite(total_loss):
+                raise Diverged(
+                    f"The loss is {total_loss} at step {step + 1}: lower the learning rate "
+                    f"(it is {plan.learning_rate:g}) or check the data.",
+                    param="hyperparameters",
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate(step)
+            scaler.unscale_(optimizer)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            yield Progress(step, tokens, total_loss, norm, plan.rate(step - 1))
+        if job.validation:
+            valid_loss = 0.0
+            for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
+                with torch.no_grad():
+                    loss = summed_loss(decoder, rows, job.validation.batch(micro, pad_id=0), lowest, device)
+                valid_loss += loss.item() / job.validation.report.learned_tokens
+                yield Progress(step, tokens)
+            yield Progress(step, tokens, valid_loss=valid_loss)
+
+    yield Trained(
+        {name: tensor.detach().cpu() for name, tensor in full.items()},
+        {name: Lora(pair.a.detach().cpu(), pair.b.detach().cpu(), pair.scale) for name, pair in lora.items()},
+        tokens,
+    )
+
+
+def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Tensor], dict[str, Lora]]:
+    """fp32 copies that require gradients. LoRA starts as no change: A random, B zero (arXiv:2106.09685)."""
+    full = {t.name: base.weights[t.name].float().clone().requires_grad_() for t in selection.full}
+    lora = {}
+    random = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
+    for target in selection.lora:
+        out_features, in_features = target.tensor.shape
+        device = base.weights[target.tensor.name].device
+        a = torch.empty(target.rank, in_features).uniform_(-1, 1, generator=random) / math.sqrt(in_features)
+        b = torch.zeros(out_features, target.rank)
+        lora[target.tensor.name] = Lora(a.to(device).requires_grad_(), b.to(device).requires_grad_(), target.scale)
+    return full, lora
+
+
+def summed_loss(decoder: Llama, rows: Rows, batch: Batch, lowest: int, device: Device) -> Tensor:
+    """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
+
+    Below `lowest` nothing is trained, so nothing is kept for the backward pass.
+    """
+    ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
+    n_layers = decoder.shape.n_layers
+    embeds = lowest == 0 and rows.weight("model.embed_tokens.weight").requires_grad
+    with torch.set_grad_enabled(embeds and torch.is_grad_enabled()):
+        h = decoder.embed(ids, rows)
+    with torch.no_grad():
+        h = decoder.layers(h, 0, lowest, rows) if lowest else h
+    h = decoder.layers(h, lowest, n_layers, rows)
+    # The hidden state at t predicts the token at t + 1; only positions with a label reach the head.
+    labelled = learn[:, 1:]
+    h, labels = decoder.final_norm(h, rows)[:, :-1][labelled], ids[:, 1:][labelled]  # (N, D), (N,)
+
+    def loss(h: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(decoder.unembed(h, rows).float(), labels, reduction="sum")
+
+    if len(labels) <= LOSS_CHUNK_TOKENS:
+        return loss(h, labels)
+    chunked: Callable[..., Tensor] = checkpoint  # logits are computed again in the backward pass, never all held
+    cuts = [slice(at, at + LOSS_CHUNK_TOKENS) for at in range(0, len(labels), LOSS_CHUNK_TOKENS)]
+    parts = [chunked(loss, h[cut], labels[cut], use_reentrant=False) for cut in cuts]
+    return torch.stack(parts).sum()
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

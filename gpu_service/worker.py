@@ -1,0 +1,297 @@
+"""The one thread that owns the device. It runs what the scheduler chooses, and hands results to the event loop.
+
+Everything that touches a tensor happens here: loading weights, steps of text, slices of training. The rest of the
+service talks to it by posting closures and reading streams. It knows nothing of HTTP or the relay.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from gpu_service import artifacts, train
+from gpu_service.artifacts import Adapter
+from gpu_service.device import Device, translate
+from gpu_service.errors import Stopping, TooBusy
+from gpu_service.llama import Llama
+from gpu_service.models import Base, Models
+from gpu_service.rows import Dials, Rows
+from gpu_service.scheduler import Scheduler
+from gpu_service.settings import Settings
+from gpu_service.text import Engine, Finish, Piece, Row, Sampling
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A tuned model's files on disk, by name; `id` changes with their content."""
+
+    id: str
+    files: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Generation:
+    base_model: str
+    adapter: AdapterFiles | None
+    prompt: list[int]
+    sampling: Sampling
+    dials: Dials | None
+
+
+class Stream(Generic[T]):
+    """From the device thread to one reader on the event loop. Closing it tells the device thread to stop."""
+
+    def __init__(self, is_last: Callable[[T], bool]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[T | BaseException] = asyncio.Queue()
+        self._is_last = is_last
+        self.closed = False
+
+    def send(self, item: T | BaseException) -> None:
+        """Called on the device thread. An exception ends the stream."""
+        if not self.closed:
+            # The loop may be gone already when the process is on its way out.
+            with _unless_closed():
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def read(self) -> AsyncIterator[T]:
+        try:
+            while True:
+                item = await self._queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if self._is_last(item):
+                    return
+        finally:
+            self.closed = True
+
+
+@contextmanager
+def _unless_closed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:
+        log.debug("the event loop has closed")
+
+
+class Training:
+    """A run under way, with random state of its own."""
+
+    def __init__(self, job: train.Job, stream: Stream[train.Progress | train.Trained]) -> None:
+        self.job, self.stream = job, stream
+        self.steps: Iterator[train.Progress | train.Trained] | None = None
+        self._random: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @contextmanager
+    def own_random_state(self) -> Iterator[None]:
+        """Serving draws from the global state between slices; neither may disturb the other."""
+        outside = _random_state()
+        if self._random:
+            _set_random_state(self._random)
+        try:
+            yield
+        finally:
+            self._random = _random_state()
+            _set_random_state(outside)
+
+
+class Worker:
+    def __init__(self, settings: Settings, device: Device, models: Models) -> None:
+        self._device, self._models = device, models
+        self._max_waiting = settings.max_waiting
+        self._adapter_budget_bytes = settings.adapter_cache_bytes
+        self._scheduler = Scheduler(settings.train_share)
+        self._text = Engine(settings.prefill_chunk_tokens)
+        self._trainings: list[Training] = []
+        self._decoders: dict[str, Llama] = {}
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = self._refusing = False
+        self._active = 0  # generations accepted and not ended; counted on the event loop
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    # --- called from the event loop ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends after the step or slice under way; everybody who waits is told."""
+        self._stopping = True
+        self._post(lambda: None)
+        self._thread.join(timeout=30)
+
+    def refuse(self) -> None:
+        """From now on every answer under way ends with an error, and so does every new one."""
+        self._refusing = True
+        self._post(lambda: self._text.fail_all(Stopping("This gpu is stopping.")))
+
+    @property
+    def active_requests(self) -> int:
+        return self._active
+
+    async def load(self, model: str) -> None:
+        await self._call(lambda: self._decoder(self._models.load(model)))
+
+    async def generate(self, wanted: Generation) -> AsyncIterator[Piece | Finish]:
+        """Pieces of text, then one Finish. Whoever stops reading stops the row within one step.
+
+        Raises TooBusy, OutOfMemory, and BadRequest where the adapter does not fit the model.
+        """
+        if self._refusing:
+            raise Stopping("This gpu is stopping.")
+        if self._active >= self._max_waiting:
+            raise TooBusy(f"{self._active} generations are under way here: try again in a moment.")
+        stream: Stream[Piece | Finish] = Stream(lambda item: isinstance(item, Finish))
+        self._active += 1
+        try:
+            self._post(lambda: self._admit(wanted, stream))
+            async for item in stream.read():
+                yield item
+        finally:
+            stream.closed = True
+            self._active -= 1
+
+    async def train(self, job: train.Job) -> AsyncIterator[train.Progress | train.Trained]:
+        """Progress after each slice, then what was trained. Whoever stops reading stops the run after its slice."""
+        stream: Stream[train.Progress | train.Trained] = Stream(lambda item: isinstance(item, train.Trained))
+        self._post(lambda: self._trainings.append(Training(job, stream)))
+        try:
+            async for item in stream.read():
+                yield item
+        finally:
+            stream.closed = True
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as exc:  # handed to whoever asked
+                future.set_exception(translate(exc))
+
+        self._post(run)
+        return await asyncio.wrap_future(future)
+
+    def _post(self, work: Callable[[], None]) -> None:
+        self._inbox.put(work)
+
+    # --- the device thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._read_inbox(wait=not self._text and not self._trainings)
+            kind = self._scheduler.choose(text=bool(self._text), train=bool(self._trainings))
+            if kind is None:
+                continue
+            start = time.perf_counter()
+            if kind == "text":
+                self._text.step()
+            else:
+                self._slice(self._trainings[0])
+            self._scheduler.ran(kind, time.perf_counter() - start)
+        stopping = Stopping("This gpu is stopping.")
+        self._text.fail_all(stopping)
+        for training in self._trainings:
+            training.stream.send(stopping)
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        try:
+            while True:
+                self._inbox.get(block=wait)()
+                wait = False
+        except queue.Empty:
+            return
+
+    def _admit(self, wanted: Generation, stream: Stream[Piece | Finish]) -> None:
+        if stream.closed:
+            return
+        try:
+            base = self._models.load(wanted.base_model)
+            adapter = self._adapter(wanted.adapter, base) if wanted.adapter else None
+            rows = Rows(
+                base.weights,
+                full=adapter.full if adapter else None,
+                lora=adapter.lora if adapter else None,
+                dials=[wanted.dials] if wanted.dials else None,
+            )
+            self._text.add(
+                Row(
+                    self._decoder(base),
+                    rows,
+                    wanted.prompt,
+                    wanted.sampling,
+                    base.source.stop_ids,
+                    base.source.tokenizer,
+                    send=stream.send,
+                    cancelled=lambda: stream.closed,
+                    dtype=self._device.precision.dtype,
+                    device=self._device.torch,
+                )
+            )
+        except Exception as exc:  # handed to the caller, who waits for the first token
+            log.exception("a generation could not start")
+            stream.send(translate(exc))
+
+    def _slice(self, training: Training) -> None:
+        item: train.Progress | train.Trained | BaseException
+        try:
+            if training.stream.closed:
+                raise StopIteration
+            with training.own_random_state():
+                if training.steps is None:
+                    base = self._models.load(training.job.source.id)
+                    training.steps = train.run(training.job, base, self._decoder(base), self._device)
+                item = next(training.steps)
+        except StopIteration:
+            self._trainings.remove(training)
+            return
+        except Exception as exc:  # the run ends here, whatever it was
+            log.exception("a training run failed")
+            self._trainings.remove(training)
+            item = translate(exc)
+        training.stream.send(item)
+
+    def _decoder(self, base: Base) -> Llama:
+        if base.source.id not in self._decoders:
+            self._decoders[base.source.id] = Llama(base.source.config, self._device.torch)
+        return self._decoders[base.source.id]
+
+    def _adapter(self, wanted: AdapterFiles, base: Base) -> Adapter:
+        """On the device, in the base's precision; the least recently used leave when the budget is spent."""
+        if wanted.id in self._adapters:
+            self._adapters.move_to_end(wanted.id)
+            return self._adapters[wanted.id]
+        adapter = artifacts.load(wanted.files, base.source.tensors)
+        adapter = adapter.to(self._device.torch, self._device.precision.dtype)
+        self._adapters[wanted.id] = adapter
+        while len(self._adapters) > 1 and sum(a.n_bytes for a in self._adapters.values()) > self._adapter_budget_bytes:
+            self._adapters.popitem(last=False)
+        return adapter
+
+
+def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
