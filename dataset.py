@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_LINE_BYTES = 4_000_000  # a line longer than this is refused rather than held in memory
 SHOWN_ERRORS = 20
+SHOWN_CHARS = 300  # of one error: it may quote the file
 ROLES = ("system", "user", "assistant")
 FORMATS = (
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}, '
@@ -100,16 +101,32 @@ def read(path: Path) -> Iterator[tuple[int, Row | RowError]]:
 
 def _row(number: int, line: bytes) -> Row | RowError:
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        if b"\\ud" in line.lower():  # an escape may name half of a surrogate pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         return RowError(number, "not_utf8", "not UTF-8: save the file as UTF-8")
+    except UnicodeEncodeError as exc:
+        return RowError(number, "bad_escape", f"\\u{ord(exc.object[exc.start]):x} is half of a character, alone")
     except (ValueError, RecursionError) as exc:
-        return RowError(number, "not_json", f"not JSON: {exc}")
+        return RowError(number, "not_json", f"not JSON: {exc}"[:SHOWN_CHARS])
     try:
         return parse(value)
     except ValueError as exc:
         code, message = exc.args
-        return RowError(number, code, message)
+        return RowError(number, code, message[:SHOWN_CHARS])
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is Python's, not JSON's")  # json.loads would take it
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # json.loads would keep the last one, and nobody would know
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return value
 
 
 def parse(value: Any) -> Row:
@@ -147,7 +164,7 @@ def _chat(messages: Any) -> Chat:
         if not isinstance(content, str) or not content:
             raise ValueError("bad_content", f"{where}.content must be a string that is not empty")
         weight = message.get("weight", 1)
-        if weight not in (0, 1):
+        if type(weight) is not int or weight not in (0, 1):
             raise ValueError("bad_weight", f"{where}.weight is {weight!r}: use 0 or 1")
         clean.append({"role": role, "content": content})
         learn.append(role == "assistant" and bool(weight))

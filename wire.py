@@ -58,7 +58,7 @@ class LayerSpec(Message):
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
             re.compile(pattern or "")
-        except re.error as exc:
+        except (re.error, OverflowError, RecursionError) as exc:
             raise ValueError(f"'{pattern}' is no regular expression: {exc}") from exc
         return pattern
 
@@ -283,7 +283,7 @@ class SeenNonces:
 
     def add(self, nonce: str, now: float) -> bool:
         """False if it was seen within the window."""
-        while self._expiry and self._expiry[oldest := next(iter(self._expiry))] <= now:
+        while self._expiry and self._expiry[oldest := next(iter(self._expiry))] < now:
             del self._expiry[oldest]
         if nonce in self._expiry:
             return False
