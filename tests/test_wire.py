@@ -1,5 +1,6 @@
 """Signatures hold against every change; messages refuse what they do not know; layer specs have one grammar."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -143,20 +144,16 @@ def test_what_is_no_range_is_refused_and_the_forms_are_named(text: str) -> None:
         wire.LayerSpec(layers=text)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(", "[", "*", "a{99999999999999999999}", "(" * 249 + ")" * 249, "(?P<a>x)(?P<a>y)"]
-)
+@pytest.mark.parametrize("pattern", ["(", "[", "*", "a{99999999999999999999}", "(?P<a>x)(?P<a>y)"])
 def test_a_pattern_that_does_not_compile_is_refused_as_a_field_error_not_a_crash(pattern: str) -> None:
-    try:
+    with pytest.raises(ValidationError, match="is no regular expression"):
         wire.LayerSpec(match=pattern)
-    except ValidationError as exc:
-        assert "is no regular expression" in str(exc)
-    else:
-        assert pattern.startswith("((")  # deep, but sound
 
 
-def change(**fields: Any) -> dict[str, Any]:
-    return {"method": "lora", **fields}
+def test_the_deepest_pattern_that_fits_is_no_crash() -> None:
+    deepest = "(" * 250 + ")" * 250
+    with contextlib.suppress(ValidationError):  # how deep it may go is the interpreter's business
+        assert wire.LayerSpec(match=deepest).match == deepest
 
 
 @pytest.mark.parametrize(
@@ -166,7 +163,7 @@ def change(**fields: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_a_value_out_of_bounds_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        wire.LayerSpec.model_validate(change(**fields))
+        wire.LayerSpec.model_validate(fields)
 
 
 def error_of(build: Callable[[], object]) -> tuple[str, str | None]:
