@@ -1,0 +1,200 @@
+"""The command line: `python -m relay serve`, and a look at keys, gpus and jobs."""
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import uvicorn
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+
+from relay import errors, settings, tables
+from relay.accounts import Accounts
+from relay.app import create_app, prepare
+from relay.settings import Settings
+from relay.store import Store
+
+STOP_S = 1  # what is still going on after this long is cut off
+JOBS_SHOWN = 50
+
+log = logging.getLogger("relay")
+
+
+class _Server(uvicorn.Server):
+    """Stops what would last as soon as the signal comes, not when its connections happen to close."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stop)
+        yield
+
+    def _stop(self) -> None:
+        self.should_exit = True
+        self.config.app.state.dispatcher.stop()  # type: ignore[union-attr]
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # cut-off requests are meant
+
+
+def serve(config: Settings) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        listener = _listen(config)
+    except OSError as exc:
+        taken = exc.errno == errno.EADDRINUSE
+        reason = "is taken: stop what uses it or set RELAY_PORT" if taken else f"can't be used: {exc.strerror}"
+        return _complain(f"port {config.port} on {config.host} {reason}")
+    prepare(config)
+    app = create_app(config)
+    options = uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=STOP_S, lifespan="on")
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    key = "RELAY_ADMIN_KEY" if config.admin_key else str(config.admin_key_file)
+    log.info("the relay is at http://%s:%d, the admin's key in %s", shown, port, key)
+    _Server(options).run(sockets=[listener])
+    return 0
+
+
+def _listen(config: Settings) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(address)
+    listener.listen(2048)
+    return listener
+
+
+# --- the other commands: they read and write the same database, with or without a relay running ---
+
+
+async def _create_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:
+    key_id, key = await accounts.create_key(args.user)
+    print(f"{key_id} for user '{args.user}', shown this once:\n{key}")
+
+
+async def _list_keys(accounts: Accounts, _: Store, __: argparse.Namespace) -> None:
+    rows = [
+        (k.id, k.user, k.prefix + "...", _when(k.created_at), _when(k.last_used_at), _when(k.revoked_at))
+        for k in await accounts.list_keys()
+    ]
+    _table(("id", "user", "key", "made", "last used", "revoked"), rows)
+
+
+async def _revoke_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:
+    await accounts.revoke(args.id)
+    print(f"{args.id} is revoked")
+
+
+async def _show_gpus(_: Accounts, store: Store, args: argparse.Namespace) -> None:
+    since = time.time() - args.settings.alive_s
+    async with store.read() as db:
+        rows = (await db.execute(select(tables.gpus).order_by(tables.gpus.c.last_seen_at.desc()))).all()
+    _table(
+        ("id", "name", "alive", "last seen", "epoch", "device", "url"),
+        [
+            (r.id, r.name, r.last_seen_at >= since, _when(r.last_seen_at), r.epoch, r.device["name"], r.url or "-")
+            for r in rows
+        ],
+    )
+
+
+async def _show_jobs(_: Accounts, store: Store, __: argparse.Namespace) -> None:
+    t = tables.jobs
+    query = select(t, tables.users.c.name).join(tables.users, tables.users.c.id == t.c.owner)
+    async with store.read() as db:
+        rows = (await db.execute(query.order_by(t.c.created_at.desc()).limit(JOBS_SHOWN))).all()
+    _table(
+        ("id", "user", "status", "model", "gpu", "attempts", "made"),
+        [
+            (
+                r.id,
+                r.name,
+                r.status,
+                r.fine_tuned_model or r.base_model,
+                r.gpu_id or "-",
+                r.attempts,
+                _when(r.created_at),
+            )
+            for r in rows
+        ],
+    )
+
+
+def _when(at: float | None) -> str:
+    return "-" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    lines = [heads, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+Command = Callable[[Accounts, Store, argparse.Namespace], Coroutine[Any, Any, None]]
+
+
+async def _with_database(config: Settings, command: Command, args: argparse.Namespace) -> int:
+    prepare(config)
+    store = Store(config.database)
+    try:
+        await store.open()
+        await command(Accounts(store, time.time), store, args)
+    except (errors.RelayError, SQLAlchemyError) as exc:
+        return _complain(str(exc).splitlines()[0])
+    finally:
+        await store.close()
+    return 0
+
+
+def _complain(line: str) -> int:
+    print(line, file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m relay", description="The relay of I'm Fine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="run the relay").set_defaults(command=None)
+    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="WHAT")
+    create = keys.add_parser("create", help="make a key, and the user if there is none")
+    create.add_argument("--user", required=True)
+    create.set_defaults(command=_create_key)
+    keys.add_parser("list", help="every key").set_defaults(command=_list_keys)
+    revoke = keys.add_parser("revoke", help="a key stops working at once")
+    revoke.add_argument("id")
+    revoke.set_defaults(command=_revoke_key)
+    commands.add_parser("gpus", help="every gpu that enrolled").set_defaults(command=_show_gpus)
+    commands.add_parser("jobs", help=f"the last {JOBS_SHOWN} jobs").set_defaults(command=_show_jobs)
+    return parser
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    try:
+        args.settings = settings.from_env()
+        return (
+            serve(args.settings)
+            if args.command is None
+            else asyncio.run(_with_database(args.settings, args.command, args))
+        )
+    except settings.BadSetting as exc:
+        return _complain(str(exc))
+    except OSError as exc:
+        return _complain(f"{exc.filename or args.settings.data_dir}: {exc.strerror}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""/gpu: what gpus say to the relay. All but the enrolment is signed, and verified before its body is parsed."""
+
+import hmac
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
+
+import wire
+from relay import errors
+from relay.blobs import Blobs
+from relay.bodies import parse, parse_object, read_body
+from relay.dispatcher import Dispatcher
+from relay.gpus import Gpus
+from relay.jobs import Jobs
+from relay.models import Models
+from relay.settings import Settings
+from relay.store import Clock
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class GpuApi:
+    """The routes' parts, and what every signed route begins with."""
+
+    gpus: Gpus
+    jobs: Jobs
+    models: Models
+    blobs: Blobs
+    dispatcher: Dispatcher
+    settings: Settings
+    clock: Clock
+
+    async def signed(self, request: Request) -> tuple[wire.SignedBy, str]:
+        """Raises BadSignature, UnknownGpu."""
+        target = request.scope["raw_path"].decode("ascii")
+        if request.url.query:
+            target += "?" + request.scope["query_string"].decode("ascii")
+        return await self.gpus.verify(request.method, target, request.headers)
+
+    async def message(self, request: Request, model: type[M]) -> tuple[wire.SignedBy, M]:
+        """Raises BadSignature, UnknownGpu, TooLarge, InvalidRequest."""
+        by, sha256 = await self.signed(request)
+        body = await read_body(request, self.settings.max_body_bytes)
+        if not hmac.compare_digest(wire.body_sha256(body), sha256):
+            raise errors.BadSignature("the body is not the one that was signed: sign again")
+        return by, parse(model, parse_object(body))
+
+
+def router(api: GpuApi) -> APIRouter:
+    routes = APIRouter(prefix="/gpu", tags=["gpu"])
+
+    @routes.post("/enrol")
+    async def enrol(request: Request) -> wire.EnrolReply:
+        api.gpus.check_enrol_token(request.headers.get("authorization"))
+        message = parse(wire.EnrolRequest, parse_object(await read_body(request, api.settings.max_body_bytes)))
+        reply = await api.gpus.enrol(message)
+        await api.jobs.adopt(wire.SignedBy(gpu_id=reply.gpu_id, epoch=reply.epoch), message.leases)
+        api.dispatcher.wake()
+        return reply
+
+    @routes.post("/heartbeat")
+    async def heartbeat(request: Request) -> wire.HeartbeatReply:
+        """Held back until a command waits, or the time that the enrolment named is over."""
+        by, beat = await api.message(request, wire.Heartbeat)
+        await api.gpus.heard(by, beat)
+        await api.jobs.renew(by, beat.leases)
+        api.dispatcher.wake()
+        commands = await api.dispatcher.commands(by, beat.leases, api.settings.heartbeat_s)
+        return wire.HeartbeatReply(
+            relay_time=api.clock(), reachable=api.gpus.reachable(by.gpu_id, by.epoch), commands=commands
+        )
+
+    @routes.post("/jobs/{job_id}/events")
+    async def events(job_id: str, request: Request) -> JSONResponse:
+        by, batch = await api.message(request, wire.JobEvents)
+        await api.jobs.record(by, job_id, batch)
+        return JSONResponse({"stored": len(batch.events)})
+
+    @routes.post("/jobs/{job_id}/finish")
+    async def finish(job_id: str, request: Request) -> JSONResponse:
+        by, result = await api.message(request, wire.JobResult)
+        job = await api.jobs.finish(by, job_id, result)
+        api.dispatcher.wake()
+        return JSONResponse({"status": job.status, "fine_tuned_model": job.fine_tuned_model})
+
+    @routes.head("/jobs/{job_id}/blobs/{sha256}")
+    async def has_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: int = Query(ge=1)) -> Response:
+        """Asked before an upload, so that what is here already is not sent again."""
+        by, _ = await api.signed(request)
+        await api.jobs.check_lease(by, job_id, fence)
+        size_bytes = api.blobs.size_bytes(sha256)
+        if size_bytes is None:
+            return Response(status_code=404)
+        return Response(headers={"content-length": str(size_bytes)})
+
+    @routes.put("/jobs/{job_id}/blobs/{sha256}")
+    async def put_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: int = Query(ge=1)) -> JSONResponse:
+        by, promised = await api.signed(request)
+        if promised != sha256:
+            raise errors.BadSignature("the signature is about another blob than the path: sign again")
+        await api.jobs.finalize(by, job_id, fence)
+        async with api.blobs.incoming(api.settings.max_adapter_bytes) as incoming:
+            async for chunk in request.stream():
+                await incoming.write(chunk)
+            await incoming.finish()
+            if incoming.sha256 != sha256:
+                raise errors.InvalidRequest("the blob was damaged on its way: send it again", code="blob_damaged")
+            await api.blobs.keep(incoming)
+        return JSONResponse({"bytes": incoming.bytes})
+
+    @routes.get("/blobs/{sha256}")
+    async def get_blob(sha256: wire.Sha256, request: Request) -> StreamingResponse:
+        await api.signed(request)
+        size_bytes = api.blobs.size_bytes(sha256)
+        if size_bytes is None:
+            raise errors.NotFound(f"no blob {sha256}")
+        chunks: AsyncIterator[bytes] = api.blobs.chunks(sha256)
+        return StreamingResponse(
+            chunks, media_type="application/octet-stream", headers={"content-length": str(size_bytes)}
+        )
+
+    @routes.get("/models/{model_id:path}")
+    async def tuned_model(model_id: str, request: Request) -> wire.TunedModel:
+        await api.signed(request)
+        return await api.models.tuned(model_id)
+
+    return routes

@@ -1,0 +1,247 @@
+"""/v1: the OpenAI API, as the official client speaks it, and a few routes and fields of our own.
+
+https://platform.openai.com/docs/api-reference. Each user sees their own files, jobs and tuned models.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from relay import errors, shapes
+from relay.accounts import Accounts, User
+from relay.blobs import Blobs
+from relay.bodies import Form, parse, parse_object, read_body, string_field
+from relay.dispatcher import Dispatcher
+from relay.files import PURPOSE, Files, file_ref
+from relay.gpu_client import GpuClient
+from relay.gpus import Gpus
+from relay.jobs import Jobs, NewJob
+from relay.models import Model, Models
+from relay.proxy import Ask, Proxy
+from relay.settings import Settings
+
+FORM_OVERHEAD_BYTES = 2**16  # what a form may be larger than its file
+PREVIEW = "/v1/layers/preview"
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+@dataclass(frozen=True)
+class OpenAIApi:
+    """The routes' parts, and what several of them begin with."""
+
+    accounts: Accounts
+    gpus: Gpus
+    jobs: Jobs
+    files: Files
+    models: Models
+    blobs: Blobs
+    client: GpuClient
+    proxy: Proxy
+    dispatcher: Dispatcher
+    settings: Settings
+
+    async def user(self, request: Request) -> User:
+        """Raises InvalidKey."""
+        return await self.accounts.user_of(request.headers.get("authorization"))
+
+    async def forward(self, request: Request, model: Model, target: str, body: bytes = b"") -> Response:
+        headers = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}
+        headers["x-request-id"] = request.state.request_id
+        return self.proxy.forward(Ask(model.base, request.method, target, body, headers))
+
+    async def generate(self, request: Request) -> Response:
+        """Raises InvalidKey, TooLarge, InvalidRequest, ModelNotFound; the gpu judges the rest of the body."""
+        user = await self.user(request)
+        body = await read_body(request, self.settings.max_body_bytes)
+        fields = parse_object(body)
+        model = await self.models.resolve(user.id, string_field(fields, "model"))
+        if not isinstance(fields.get("stream", False), bool | None):
+            raise errors.InvalidRequest("stream: use true or false", param="stream")
+        return await self.forward(request, model, request.url.path, body)
+
+    async def refused_layers(self, model: Model, layers: list[dict[str, Any]]) -> Response | None:
+        """A gpu's 400 about these layers; None if it accepts them, or none can be asked now."""
+        to = await self.gpus.choose(model.base)
+        if to is None:
+            return None
+        try:
+            status, body = await self.client.ask(to, "POST", PREVIEW, {"model": model.base, "layers": layers})
+        except errors.GpuUnreachable:
+            self.gpus.mark_unreachable(to)
+            return None
+        return Response(body, 400, media_type="application/json") if status == 400 else None
+
+
+def router(api: OpenAIApi) -> APIRouter:
+    routes = APIRouter(prefix="/v1")
+    for add in (_generation, _models, _files, _jobs):
+        add(routes, api)
+    return routes
+
+
+def _generation(routes: APIRouter, api: OpenAIApi) -> None:
+    @routes.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await api.generate(request)
+
+    @routes.post("/completions")
+    async def completions(request: Request) -> Response:
+        return await api.generate(request)
+
+
+def _models(routes: APIRouter, api: OpenAIApi) -> None:
+    @routes.get("/models")
+    async def list_models(request: Request) -> JSONResponse:
+        user = await api.user(request)
+        data = [shapes.model(m) for m in await api.models.visible(user.id)]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
+
+    @routes.get("/models/{model_id:path}/layers")
+    async def layers(model_id: str, request: Request) -> Response:
+        """What can be trained in this model. A tuned model has the layers of its base."""
+        user = await api.user(request)
+        model = await api.models.resolve(user.id, model_id)
+        return await api.forward(request, model, f"/v1/models/{quote(model.base, safe='/')}/layers")
+
+    @routes.get("/models/{model_id:path}")
+    async def get_model(model_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        return JSONResponse(shapes.model(await api.models.resolve(user.id, model_id)))
+
+    @routes.delete("/models/{model_id:path}")
+    async def delete_model(model_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        await api.models.delete(user.id, model_id)
+        return JSONResponse({"id": model_id, "object": "model", "deleted": True})
+
+    @routes.post("/layers/preview")
+    async def preview(request: Request) -> Response:
+        user = await api.user(request)
+        body = await read_body(request, api.settings.max_body_bytes)
+        fields = parse_object(body)
+        model = await api.models.resolve(user.id, string_field(fields, "model"))
+        if model.is_tuned:
+            body = json.dumps({**fields, "model": model.base}).encode()
+        return await api.forward(request, model, PREVIEW, body)
+
+
+def _files(routes: APIRouter, api: OpenAIApi) -> None:
+    @routes.post("/files")
+    async def upload(request: Request) -> JSONResponse:
+        user = await api.user(request)
+        limit_bytes = api.settings.max_upload_bytes
+        if int(request.headers.get("content-length") or 0) > limit_bytes + FORM_OVERHEAD_BYTES:
+            raise errors.TooLarge(f"larger than {limit_bytes:,} bytes, which is the limit here: send less")
+        form = Form(request.headers.get("content-type"))
+        async with api.blobs.incoming(limit_bytes) as incoming:
+            await form.read(request.stream(), incoming.write)
+            if form.filename is None:
+                raise errors.InvalidRequest("file: is missing", param="file")
+            for name in form.fields.keys() - {"purpose"}:
+                raise errors.InvalidRequest(f"{name}: is not supported here: leave it out", param=name)
+            if form.fields.get("purpose") != PURPOSE:
+                raise errors.InvalidRequest(
+                    f"purpose: use '{PURPOSE}', which is what files are for here", param="purpose"
+                )
+            return JSONResponse(shapes.file(await api.files.add(user.id, form.filename, incoming)))
+
+    @routes.get("/files")
+    async def list_files(
+        request: Request,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> JSONResponse:
+        user = await api.user(request)
+        rows, more = await api.files.page(user.id, purpose, after, limit, order == "desc")
+        return JSONResponse(shapes.page(shapes.file, rows, more))
+
+    @routes.get("/files/{file_id}")
+    async def get_file(file_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        return JSONResponse(shapes.file(await api.files.get(user.id, file_id)))
+
+    @routes.get("/files/{file_id}/content")
+    async def file_content(file_id: str, request: Request) -> StreamingResponse:
+        user = await api.user(request)
+        row = await api.files.get(user.id, file_id)
+        headers = {
+            "content-length": str(row.bytes),
+            "content-disposition": f"attachment; filename*=UTF-8''{quote(row.filename, safe='')}",
+        }
+        return StreamingResponse(api.blobs.chunks(row.sha256), media_type="application/octet-stream", headers=headers)
+
+    @routes.delete("/files/{file_id}")
+    async def delete_file(file_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        await api.files.delete(user.id, file_id)
+        return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
+    @routes.post("/fine_tuning/jobs")
+    async def create_job(request: Request) -> Response:
+        """Bad layers fail here if a gpu can be asked, and else when the job starts."""
+        user = await api.user(request)
+        body = parse_object(await read_body(request, api.settings.max_body_bytes))
+        asked = parse(shapes.JobRequest, body)
+        model = await api.models.resolve(user.id, asked.model)
+        if model.is_tuned:
+            message = f"model: training on top of a tuned model is not supported yet: use its base, '{model.base}'"
+            raise errors.InvalidRequest(message, param="model")
+        training = await api.files.get(user.id, asked.training_file, param="training_file")
+        validation = (
+            await api.files.get(user.id, asked.validation_file, param="validation_file")
+            if asked.validation_file
+            else None
+        )
+        if refused := await api.refused_layers(model, [spec.model_dump(exclude_unset=True) for spec in asked.layers]):
+            return refused
+        job = await api.jobs.create(
+            user.id,
+            NewJob(
+                base_model=model.base,
+                suffix=asked.suffix,
+                layers=asked.layers,
+                hyperparameters=asked.chosen_hyperparameters,
+                seed=asked.chosen_seed,
+                training_file=training.id,
+                training_blob=file_ref(training),
+                validation_file=validation.id if validation else None,
+                validation_blob=file_ref(validation) if validation else None,
+            ),
+        )
+        api.dispatcher.wake()
+        return JSONResponse(shapes.job(job))
+
+    @routes.get("/fine_tuning/jobs")
+    async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> JSONResponse:
+        user = await api.user(request)
+        rows, more = await api.jobs.page(user.id, after, limit)
+        return JSONResponse(shapes.page(shapes.job, rows, more))
+
+    @routes.get("/fine_tuning/jobs/{job_id}")
+    async def get_job(job_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        return JSONResponse(shapes.job(await api.jobs.get(user.id, job_id)))
+
+    @routes.get("/fine_tuning/jobs/{job_id}/events")
+    async def job_events(job_id: str, request: Request, after: str | None = None, limit: Limit = 20) -> JSONResponse:
+        """The newest first."""
+        user = await api.user(request)
+        rows, more = await api.jobs.events(user.id, job_id, shapes.event_number(after), limit)
+        return JSONResponse(shapes.page(shapes.event, rows, more))
+
+    @routes.post("/fine_tuning/jobs/{job_id}/cancel")
+    async def cancel_job(job_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        job, gpu_id = await api.jobs.cancel(user.id, job_id)
+        api.dispatcher.ring(gpu_id)
+        api.dispatcher.wake()
+        return JSONResponse(shapes.job(job))

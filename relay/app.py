@@ -1,0 +1,164 @@
+"""The whole relay as an ASGI application: puts the parts together, and renders every error once.
+
+Importing it does nothing; the database, the blobs and the connections open with the application's lifespan.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import wire
+from relay import api_gpu, api_openai, api_ui, errors
+from relay.accounts import KEY_PREFIX, Accounts
+from relay.blobs import Blobs
+from relay.dispatcher import Dispatcher
+from relay.files import Files
+from relay.gpu_client import GpuClient
+from relay.gpus import Gpus
+from relay.jobs import Jobs
+from relay.models import Models
+from relay.proxy import Proxy
+from relay.settings import Settings, secret
+from relay.store import Clock, Store
+from relay.transport import TunnelTransport
+
+log = logging.getLogger("relay.app")
+
+ENROL_PREFIX = "enrol-"
+HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+
+
+def prepare(settings: Settings) -> tuple[str, str]:
+    """The data folder, for its owner only, with the admin's key and the enrol token. Raises BadSetting, OSError."""
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return (
+        secret(settings.admin_key, settings.admin_key_file, KEY_PREFIX),
+        secret(settings.enrol_token, settings.enrol_token_file, ENROL_PREFIX),
+    )
+
+
+def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
+    """`app.state.dispatcher.stop()` ends what would last: held heartbeats and streams."""
+    stopping = asyncio.Event()
+    store = Store(settings.database)
+    blobs = Blobs(settings.data_dir / "blobs")
+    transport = TunnelTransport()
+    client = GpuClient(transport, clock)
+    accounts = Accounts(store, clock)
+    gpus = Gpus(store, client, settings, clock)
+    jobs = Jobs(store, blobs, settings, clock)
+    files = Files(store, blobs, clock)
+    models = Models(store, blobs, settings, clock)
+    dispatcher = Dispatcher(jobs, gpus, stopping)
+    proxy = Proxy(gpus, client, stopping)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        admin_key, enrol_token = prepare(settings)
+        async with contextlib.AsyncExitStack() as closing:
+            await store.open()
+            closing.push_async_callback(store.close)
+            blobs.open()
+            closing.callback(blobs.close)
+            await accounts.open(admin_key)
+            gpus.open(enrol_token)
+            await jobs.grace()
+            await transport.open()
+            closing.push_async_callback(transport.close)
+            closing.push_async_callback(gpus.close)
+            loop = asyncio.create_task(dispatcher.run())
+            closing.push_async_callback(lambda: loop)
+            closing.callback(dispatcher.stop)
+            yield
+
+    app = FastAPI(title="I'm Fine relay", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.dispatcher = dispatcher
+    app.include_router(
+        api_openai.router(
+            api_openai.OpenAIApi(accounts, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
+        )
+    )
+    app.include_router(api_gpu.router(api_gpu.GpuApi(gpus, jobs, models, blobs, dispatcher, settings, clock)))
+    app.include_router(api_ui.router())
+    app.add_exception_handler(errors.RelayError, _render)
+    app.add_exception_handler(RequestValidationError, _render_validation)
+    app.add_exception_handler(HTTPException, _render_http)
+    app.add_middleware(RequestLine)
+    return app
+
+
+def _render(request: Request, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, errors.RelayError)
+    return JSONResponse(exc.body(), exc.status, headers=dict(exc.headers))
+
+
+def _render_validation(request: Request, exc: Exception) -> JSONResponse:
+    assert isinstance(exc, RequestValidationError)
+    # The first part of a location says query, path or body; the field's name is what a caller knows.
+    found = [{**error, "loc": error["loc"][1:]} for error in exc.errors()]
+    message, param = wire.validation_message(found)
+    return _render(request, errors.InvalidRequest(message, param=param))
+
+
+def _render_http(request: Request, exc: Exception) -> JSONResponse:
+    """What the framework refuses by itself: unknown routes and methods."""
+    assert isinstance(exc, HTTPException)
+    route = f"{request.method} {request.url.path[:200]}"
+    known = {
+        404: (f"no route {route}: the page at / names those that exist", "no_such_route"),
+        405: (f"no route {route}: the path exists, with another method", "method_not_allowed"),
+    }
+    message, code = known.get(exc.status_code, (str(exc.detail), "bad_request"))
+    body = wire.error_body(message, type="invalid_request_error", code=code)
+    return JSONResponse(body, exc.status_code, headers=dict(exc.headers or {}))
+
+
+class RequestLine:
+    """Every request gets an id and one line in the log: no query, no body, no key. Faults of ours become a 500 here.
+
+    Plain ASGI: a wrapper that reads requests or responses would hide a caller's leaving from streams.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+        request_id = f"req-{secrets.token_hex(8)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_named(message: Message) -> None:
+            nonlocal status, request_id
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                given = dict(message.get("headers", ())).get(b"x-request-id")
+                own = () if given else ((b"x-request-id", request_id.encode()),)
+                message = {**message, "headers": [*message.get("headers", ()), *own, *HEADERS]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        except ClientDisconnect:
+            pass  # in the middle of its own body: nobody is left to answer
+        except Exception:
+            log.exception("%s failed", request_id)
+            if not status:
+                fault = errors.RelayError(f"the relay has a fault; its log says more about {request_id}")
+                await JSONResponse(fault.body(), fault.status)(scope, receive, send_named)
+        finally:
+            took_ms = 1000 * (time.monotonic() - began)
+            # Without a status nothing was sent: the caller left first.
+            log.info("%s %s %s %.0f ms %s", scope["method"], scope["path"], status or "-", took_ms, request_id)

@@ -1,0 +1,138 @@
+"""Data sets and adapters as files named by their SHA-256. A blob is there whole or not at all.
+
+Does not know who owns a blob or what is in it.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import IO
+
+from relay import errors
+
+CHUNK_BYTES = 2**18  # read at once
+BUFFER_BYTES = 2**20  # written at once
+
+
+class Incoming:
+    """A blob on its way in. What is not kept disappears."""
+
+    def __init__(self, path: Path, limit_bytes: int) -> None:
+        self.path = path
+        self.bytes = 0
+        self._limit_bytes = limit_bytes
+        self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._file: IO[bytes] = path.open("wb")
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    async def write(self, chunk: bytes) -> None:
+        """Raises TooLarge as soon as it is."""
+        self.bytes += len(chunk)
+        if self.bytes > self._limit_bytes:
+            raise errors.TooLarge(f"larger than {self._limit_bytes:,} bytes, which is the limit here: send less")
+        self._buffer += chunk
+        if len(self._buffer) >= BUFFER_BYTES:
+            await self._flush()
+
+    async def finish(self) -> None:
+        """Everything is on disk, under its temporary name."""
+        await self._flush()
+        await asyncio.to_thread(os.fsync, self._file.fileno())
+
+    async def _flush(self) -> None:
+        data, self._buffer = bytes(self._buffer), bytearray()
+        await asyncio.to_thread(self._append, data)
+
+    def _append(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._file.write(data)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+class Blobs:
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._incoming_root = root / "incoming"
+        self._incoming = self._incoming_root / secrets.token_hex(8)
+        self._lock: IO[bytes] | None = None
+
+    def open(self) -> None:
+        """Removes what processes that are gone left half-written; a living one holds the lock of its folder."""
+        self._incoming_root.mkdir(parents=True, exist_ok=True)
+        with (self._root / "opening").open("wb") as opening:
+            fcntl.flock(opening, fcntl.LOCK_EX)  # one process at a time
+            for folder in self._incoming_root.iterdir():
+                with contextlib.suppress(OSError), (folder / "lock").open("rb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder)
+            self._incoming.mkdir()
+            self._lock = (self._incoming / "lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        if self._lock:
+            shutil.rmtree(self._incoming, ignore_errors=True)
+            self._lock.close()
+
+    def path(self, sha256: str) -> Path:
+        return self._root / sha256[:2] / sha256
+
+    def size_bytes(self, sha256: str) -> int | None:
+        """None if there is no such blob."""
+        try:
+            return self.path(sha256).stat().st_size
+        except FileNotFoundError:
+            return None
+
+    @contextlib.asynccontextmanager
+    async def incoming(self, limit_bytes: int) -> AsyncIterator[Incoming]:
+        """Write to it, finish it, then keep it or leave."""
+        incoming = Incoming(self._incoming / secrets.token_hex(8), limit_bytes)
+        try:
+            yield incoming
+        finally:
+            incoming.close()
+
+    async def keep(self, incoming: Incoming) -> None:
+        """The finished blob gets its name, for good. The same content twice is one blob."""
+        await asyncio.to_thread(self._keep, incoming)
+
+    def _keep(self, incoming: Incoming) -> None:
+        target = self.path(incoming.sha256)
+        target.parent.mkdir(exist_ok=True)
+        incoming.path.rename(target)
+        for folder in (target.parent, self._root):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def remove(self, sha256: str) -> None:
+        self.path(sha256).unlink(missing_ok=True)
+
+    async def chunks(self, sha256: str) -> AsyncIterator[bytes]:
+        """Raises NotFound before the first chunk."""
+        try:
+            file = await asyncio.to_thread(self.path(sha256).open, "rb")
+        except FileNotFoundError:
+            raise errors.NotFound(f"no blob {sha256}") from None
+        try:
+            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield chunk
+        finally:
+            file.close()

@@ -1,0 +1,91 @@
+"""Queued jobs meet gpus: the loop that hands them out, and the bells that tell a gpu's held heartbeat to look.
+
+The database is the truth; a bell only saves waiting. So several relay processes, each with a loop of its own, are
+correct without speaking to each other, and at worst a second late.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+import wire
+from relay.gpus import Gpus
+from relay.jobs import Jobs
+
+log = logging.getLogger("relay.dispatcher")
+
+ROUND_S = 1.0  # without a bell; also how long a command by another process goes unnoticed
+
+
+class Dispatcher:
+    """`stopping` ends the loop and every held heartbeat."""
+
+    def __init__(self, jobs: Jobs, gpus: Gpus, stopping: asyncio.Event) -> None:
+        self._jobs = jobs
+        self._gpus = gpus
+        self._stopping = stopping
+        self._work = asyncio.Event()
+        self._bells: dict[str, set[asyncio.Event]] = {}  # of the heartbeats that are held, by gpu id
+
+    def wake(self) -> None:
+        """There may be something to hand out."""
+        self._work.set()
+
+    def ring(self, gpu_id: str | None) -> None:
+        """There may be a command for this gpu."""
+        for bell in self._bells.get(gpu_id or "", ()):
+            bell.set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.wake()
+        for gpu_id in self._bells:
+            self.ring(gpu_id)
+
+    async def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                await self._round()
+            except Exception:
+                log.exception("a round of dispatching failed; the next is in %.0f s", ROUND_S)  # the loop must live on
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._work.wait(), ROUND_S)
+            self._work.clear()
+
+    async def _round(self) -> None:
+        await self._gpus.prove()
+        if await self._jobs.expire():
+            log.warning("leases were over; their jobs wait again")
+        jobs: set[str] = set()
+        gpus: set[str] = set()
+        for match in await self._jobs.matches():
+            if match.job_id in jobs or match.gpu_id in gpus:
+                continue
+            fence = await self._jobs.claim(match)
+            jobs.add(match.job_id)
+            gpus.add(match.gpu_id)
+            if fence is not None:
+                log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
+                self.ring(match.gpu_id)
+
+    async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease], hold_s: float) -> list[wire.Command]:
+        """What the gpu must do; waits for it up to `hold_s`."""
+        bell = asyncio.Event()
+        bells = self._bells.setdefault(by.gpu_id, set())
+        bells.add(bell)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + hold_s
+        try:
+            while True:
+                bell.clear()  # before the look, so that what comes in between is not missed
+                commands = await self._jobs.commands(by, held)
+                left_s = until - loop.time()
+                if commands or left_s <= 0 or self._stopping.is_set():
+                    return commands
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(bell.wait(), min(left_s, ROUND_S))
+        finally:
+            bells.discard(bell)
+            if not bells and self._bells.get(by.gpu_id) is bells:
+                del self._bells[by.gpu_id]

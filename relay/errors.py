@@ -1,0 +1,126 @@
+"""Everything that can go wrong for a caller. Rendered once, in app.py, in the OpenAI shape.
+
+RelayError
+├── InvalidRequest        400  the caller's mistake; `param` names the field
+│   ├── InvalidTrainingFile    with line numbers
+│   └── BadGpuUrl              a gpu enrolled with a URL that we will not call
+├── InvalidKey            401  a user without a valid API key
+├── InvalidEnrolToken     401  a gpu without the enrol token
+├── BadSignature          401  a gpu's request that is not signed as it must be
+├── UnknownGpu            401  a gpu or epoch that we do not know: enrol again
+├── NotFound              404  no such thing, or it belongs to somebody else
+│   └── ModelNotFound          names those that exist
+├── LeaseLost             409  a gpu wrote about a job that is not its any more: stop
+├── JobOver               409  a job that has ended can't be cancelled
+├── TooLarge              413  a body over its limit
+└── Unavailable           503  try again later
+    ├── NoGpu                  nothing runs that could answer
+    ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
+    └── Stopping               this process is being restarted
+"""
+
+from collections.abc import Mapping
+
+import wire
+
+RETRY_AFTER_S = 10
+
+
+class RelayError(Exception):
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    # The official client retries 409 and 503 by itself, up to three times, unless told that it is no use.
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.code
+
+    def body(self) -> dict[str, object]:
+        return wire.error_body(self.message, type=self.type, code=self.code, param=self.param)
+
+
+class InvalidRequest(RelayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class InvalidTrainingFile(InvalidRequest):
+    code = "invalid_training_file"
+
+
+class BadGpuUrl(InvalidRequest):
+    code = "bad_gpu_url"
+
+
+class InvalidKey(RelayError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+    headers = {"www-authenticate": "Bearer"}  # noqa: RUF012  never changed
+
+
+class InvalidEnrolToken(InvalidKey):
+    code = "invalid_enrol_token"
+
+
+class BadSignature(RelayError):
+    status = 401
+    type = "invalid_request_error"
+    code = "bad_signature"
+
+
+class UnknownGpu(RelayError):
+    status = 401
+    type = "invalid_request_error"
+    code = "unknown_gpu"
+
+
+class NotFound(RelayError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class LeaseLost(RelayError):
+    status = 409
+    type = "invalid_request_error"
+    code = "lease_lost"
+    headers = {"x-should-retry": "false"}  # noqa: RUF012
+
+
+class JobOver(LeaseLost):
+    code = "job_is_over"
+
+
+class TooLarge(RelayError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class Unavailable(RelayError):
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    headers = {"retry-after": str(RETRY_AFTER_S), "x-should-retry": "false"}  # noqa: RUF012
+
+
+class NoGpu(Unavailable):
+    code = "no_gpu"
+
+
+class GpuUnreachable(Unavailable):
+    code = "gpu_unreachable"
+
+
+class Stopping(Unavailable):
+    code = "relay_stopping"

@@ -1,0 +1,103 @@
+"""The files that users upload: rows that name blobs. A training file is checked before it is kept.
+
+A blob goes when nothing names it any more.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from sqlalchemy import Row, delete, insert, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+import dataset
+import wire
+from relay import errors
+from relay.blobs import Blobs, Incoming
+from relay.store import Clock, Store
+from relay.tables import OPEN, files, jobs
+
+FileRow = Row[Any]
+PURPOSE = "fine-tune"
+MAX_NAME_CHARS = 200
+
+
+class Files:
+    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._clock = clock
+
+    async def add(self, owner: str, filename: str, incoming: Incoming) -> FileRow:
+        """Raises InvalidTrainingFile with line numbers; then nothing stays."""
+        await incoming.finish()
+        report = await asyncio.to_thread(dataset.check, incoming.path)
+        if not report.ok:
+            raise errors.InvalidTrainingFile(report.summary(), param="file")
+        row = {
+            "id": f"file-{secrets.token_hex(12)}",
+            "owner": owner,
+            "filename": PurePosixPath(filename.replace("\\", "/")).name[-MAX_NAME_CHARS:] or "file",
+            "purpose": PURPOSE,
+            "bytes": incoming.bytes,
+            "sha256": incoming.sha256,
+            "rows": report.rows,
+            "created_at": self._clock(),
+        }
+        # Within the transaction, so that nobody who deletes the same content elsewhere takes the blob away in between.
+        async with self._store.write() as db:
+            await self._blobs.keep(incoming)
+            await db.execute(insert(files).values(**row))
+            return (await db.execute(select(files).where(files.c.id == row["id"]))).one()
+
+    async def get(self, owner: str, file_id: str, *, param: str = "file_id") -> FileRow:
+        """Raises NotFound, also for somebody else's."""
+        async with self._store.read() as db:
+            return await self._of(db, owner, file_id, param)
+
+    async def page(
+        self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[Sequence[FileRow], bool]:
+        """Some files, and whether there are more."""
+        query = select(files).where(files.c.owner == owner)
+        if purpose is not None:
+            query = query.where(files.c.purpose == purpose)
+        created, file_id = files.c.created_at, files.c.id
+        query = query.order_by(*((created.desc(), file_id.desc()) if newest_first else (created, file_id)))
+        async with self._store.read() as db:
+            if after is not None:
+                last = await self._of(db, owner, after, "after")
+                further = created < last.created_at if newest_first else created > last.created_at
+                tied = file_id < last.id if newest_first else file_id > last.id
+                query = query.where(or_(further, (created == last.created_at) & tied))
+            rows = (await db.execute(query.limit(limit + 1))).all()
+        return rows[:limit], len(rows) > limit
+
+    async def delete(self, owner: str, file_id: str) -> None:
+        """Jobs that are not over keep what they need. Raises NotFound."""
+        async with self._store.write() as db:
+            row = await self._of(db, owner, file_id, "file_id")
+            await db.execute(delete(files).where(files.c.id == file_id))
+            if not await self._in_use(db, row.sha256):
+                await asyncio.to_thread(self._blobs.remove, row.sha256)
+
+    async def _in_use(self, db: AsyncConnection, sha256: str) -> bool:
+        if (await db.execute(select(files.c.id).where(files.c.sha256 == sha256).limit(1))).first():
+            return True
+        waiting = select(jobs.c.training_blob, jobs.c.validation_blob).where(jobs.c.status.in_(OPEN))
+        for job in await db.execute(waiting):
+            if sha256 in (job.training_blob["sha256"], (job.validation_blob or {}).get("sha256")):
+                return True
+        return False
+
+    async def _of(self, db: AsyncConnection, owner: str, file_id: str, param: str) -> FileRow:
+        row = (await db.execute(select(files).where(files.c.id == file_id, files.c.owner == owner))).one_or_none()
+        if row is None:
+            raise errors.NotFound(f"no file '{file_id}'", param=param)
+        return row
+
+
+def file_ref(row: FileRow) -> wire.FileRef:
+    return wire.FileRef(name=row.filename, sha256=row.sha256, bytes=row.bytes)

@@ -1,0 +1,125 @@
+"""Which models a user may name: every base model that was ever offered, and their own tuned ones."""
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import Row, Select, delete, exists, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+import wire
+from relay import errors
+from relay.blobs import Blobs
+from relay.settings import Settings
+from relay.store import Clock, Store
+from relay.tables import base_models, files, gpus, models, offers, users
+
+NAMED_IN_ERRORS = 20
+
+
+@dataclass(frozen=True)
+class Model:
+    id: str
+    base: str  # its own id, if it is a base model
+    family: str
+    n_layers: int
+    context_tokens: int
+    created_at: float
+    owner: str | None  # a user's name; None: everybody's
+    available: bool  # some gpu that is alive has the base model
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.id != self.base
+
+
+class Models:
+    def __init__(self, store: Store, blobs: Blobs, settings: Settings, clock: Clock) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._settings = settings
+        self._clock = clock
+
+    async def visible(self, owner: str) -> list[Model]:
+        """Base models first, then the user's own tuned ones, the newest first."""
+        async with self._store.read() as db:
+            bases = {r.id: self._base(r) for r in await db.execute(self._bases().order_by(base_models.c.id))}
+            mine = select(models, users.c.name).join(users, users.c.id == models.c.owner)
+            rows = await db.execute(mine.where(models.c.owner == owner).order_by(models.c.created_at.desc()))
+            return [*bases.values(), *(_tuned(r, bases[r.base_model]) for r in rows)]
+
+    async def resolve(self, owner: str, model_id: str) -> Model:
+        """Raises ModelNotFound that names those that exist; somebody else's does not exist."""
+        async with self._store.read() as db:
+            found = await self._find(db, owner, model_id)
+        if found is None:
+            names = [m.id for m in await self.visible(owner)]
+            shown = ", ".join(f"'{name}'" for name in names[:NAMED_IN_ERRORS])
+            more = f" and {len(names) - NAMED_IN_ERRORS} more" if len(names) > NAMED_IN_ERRORS else ""
+            there = f"there are {shown}{more}" if names else "none is here yet: start a gpu that offers one"
+            raise errors.ModelNotFound(f"no model '{model_id[:200]}': {there}", param="model")
+        return found
+
+    async def delete(self, owner: str, model_id: str) -> None:
+        """Raises ModelNotFound, and InvalidRequest for a base model."""
+        model = await self.resolve(owner, model_id)
+        if not model.is_tuned:
+            message = f"'{model_id}' is a base model: only tuned models can be deleted"
+            raise errors.InvalidRequest(message, param="model")
+        async with self._store.write() as db:
+            gone = delete(models).where(models.c.id == model_id, models.c.owner == owner)
+            adapter = (await db.execute(gone.returning(models.c.adapter))).scalar_one_or_none()
+            if adapter is None:
+                return
+            named = {
+                f["sha256"] for other in (await db.execute(select(models.c.adapter))).scalars() for f in other["files"]
+            }
+            shas = {f["sha256"] for f in adapter["files"]} - named
+            shas -= set((await db.execute(select(files.c.sha256).where(files.c.sha256.in_(shas)))).scalars())
+            for sha256 in shas:
+                await asyncio.to_thread(self._blobs.remove, sha256)
+
+    async def tuned(self, model_id: str) -> wire.TunedModel:
+        """What a gpu fetches, whoever owns it: it serves the relay, which has checked. Raises ModelNotFound."""
+        async with self._store.read() as db:
+            query = select(models.c.adapter).where(models.c.id == model_id)
+            adapter = (await db.execute(query)).scalar_one_or_none()
+        if adapter is None:
+            raise errors.ModelNotFound(f"no tuned model '{model_id[:200]}'", param="model")
+        return wire.TunedModel(id=model_id, adapter=wire.AdapterManifest.model_validate(adapter))
+
+    async def _find(self, db: AsyncConnection, owner: str, model_id: str) -> Model | None:
+        base = (await db.execute(self._bases().where(base_models.c.id == model_id))).one_or_none()
+        if base is not None:
+            return self._base(base)
+        mine = select(models, users.c.name).join(users, users.c.id == models.c.owner)
+        row = (await db.execute(mine.where(models.c.id == model_id, models.c.owner == owner))).one_or_none()
+        if row is None:
+            return None
+        return _tuned(
+            row, self._base((await db.execute(self._bases().where(base_models.c.id == row.base_model))).one())
+        )
+
+    def _bases(self) -> Select[Any]:
+        since = self._clock() - self._settings.alive_s
+        offered = exists().where(
+            offers.c.model_id == base_models.c.id, gpus.c.id == offers.c.gpu_id, gpus.c.last_seen_at >= since
+        )
+        return select(base_models, offered.correlate(base_models).label("available"))
+
+    @staticmethod
+    def _base(row: Row[Any]) -> Model:
+        return Model(
+            id=row.id,
+            base=row.id,
+            family=row.family,
+            n_layers=row.n_layers,
+            context_tokens=row.context_tokens,
+            created_at=row.created_at,
+            owner=None,
+            available=bool(row.available),
+        )
+
+
+def _tuned(row: Row[Any], base: Model) -> Model:
+    return replace(base, id=row.id, created_at=row.created_at, owner=row.name)

@@ -1,0 +1,191 @@
+"""One live request to one gpu, and its answer back, as bytes.
+
+The body goes through as it came. An answer goes through as it is: status, errors, stream. Knows no OpenAI field and no
+model's owner. It is an ASGI response, because only there can a caller's leaving be seen.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from relay import errors
+from relay.gpu_client import GpuAnswer, GpuClient
+from relay.gpus import Gpus
+from relay.transport import Endpoint
+
+log = logging.getLogger("relay.proxy")
+
+TRIES = 2  # gpus asked before the first byte of an answer; from that byte on there is no other gpu
+STOP_GRACE_S = 1.0  # what is nearly done may end when the relay stops
+MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is no stream
+MAX_FRAME_BYTES = 8 * 2**20
+PASSED_DOWN = ("content-type", "x-request-id", "retry-after", "retry-after-ms", "x-should-retry")
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What to ask of whichever gpu has the model."""
+
+    base_model: str
+    method: str
+    target: str  # path and query, as the gpu gets them
+    body: bytes
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An answer of which the first byte is here."""
+
+    answer: GpuAnswer
+    first: bytes
+    rest: AsyncIterator[bytes] | None  # whole frames, of a stream
+    held: contextlib.ExitStack  # the connection, and the gpu's count of live requests
+
+
+class _BrokeOff(errors.GpuUnreachable):
+    """After the first byte: asking another gpu would do the work twice."""
+
+
+class Proxy:
+    def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event) -> None:
+        self._gpus = gpus
+        self._client = client
+        self._stopping = stopping
+
+    def forward(self, ask: Ask) -> Response:
+        """A response which asks a gpu when it is sent. Raises Unavailable then, before anything went out."""
+        return _Forwarded(lambda: self._first_answer(ask), self._stopping)
+
+    async def _first_answer(self, ask: Ask) -> _Opened:
+        tried: list[str] = []
+        failure: errors.GpuUnreachable | None = None
+        while len(tried) < TRIES and (to := await self._gpus.choose(ask.base_model, exclude=tried)):
+            try:
+                return await self._open(to, ask)
+            except errors.GpuUnreachable as exc:
+                log.warning("%s", exc.message)
+                self._gpus.mark_unreachable(to)
+                if isinstance(exc, _BrokeOff):
+                    raise
+                tried.append(to.gpu_id)
+                failure = exc
+        raise failure or errors.NoGpu(
+            f"no gpu that has '{ask.base_model}' can be reached now: start one, or try again when one is back"
+        )
+
+    async def _open(self, to: Endpoint, ask: Ask) -> _Opened:
+        with contextlib.ExitStack() as held:
+            held.enter_context(self._gpus.busy(to.gpu_id))
+            answer = await self._client.send(to, ask.method, ask.target, ask.body, ask.headers)
+            held.callback(answer.close)
+            chunks = answer.chunks()
+            first = await anext(chunks, b"")
+            if not first:
+                raise errors.GpuUnreachable(f"gpu '{to.name}' closed the connection without an answer. Try again.")
+            if answer.is_stream:
+                return _Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
+            # Whole before it starts, so that a gpu that dies halfway is a clean 503 and not half an object.
+            return _Opened(answer, await _whole_body(first, chunks), None, held.pop_all())
+
+
+async def _whole_body(first: bytes, chunks: AsyncIterator[bytes]) -> bytes:
+    body = bytearray(first)
+    try:
+        async for chunk in chunks:
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise _BrokeOff(f"the gpu's answer is longer than {MAX_ANSWER_BYTES:,} bytes: ask for less")
+    except errors.GpuUnreachable as exc:
+        raise _BrokeOff(exc.message) from exc
+    return bytes(body)
+
+
+async def whole_frames(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Server-sent events, never cut: https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+    Raises GpuUnreachable where the stream breaks, or ends inside a frame.
+    """
+    buffer = first
+    while True:
+        cut = max((at + len(blank) for blank in BLANK_LINES if (at := buffer.rfind(blank)) >= 0), default=0)
+        if cut:
+            yield buffer[:cut]
+            buffer = buffer[cut:]
+        if len(buffer) > MAX_FRAME_BYTES:
+            raise errors.GpuUnreachable("the gpu sent a frame that does not end. Send the request again.")
+        chunk = await anext(chunks, b"")
+        if not chunk:
+            break
+        buffer += chunk
+    if buffer:
+        raise errors.GpuUnreachable("the gpu's stream ended in the middle of a frame. Send the request again.")
+
+
+class _Forwarded(Response):
+    def __init__(self, open_answer: Callable[[], Awaitable[_Opened]], stopping: asyncio.Event) -> None:
+        self._open_answer = open_answer
+        self._stopping = stopping
+        self._streaming = False
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._pass_on(send))
+        gone = asyncio.create_task(_caller_gone(receive))
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({work, gone, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not gone.done():
+                await asyncio.wait({work, gone}, timeout=STOP_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left = gone.done()
+            for task in (work, gone, stop):
+                task.cancel()
+            await asyncio.gather(work, gone, stop, return_exceptions=True)  # the gpu's connection is closed after this
+        if not work.cancelled():
+            work.result()
+        elif not left:
+            stopping = errors.Stopping("the relay is being restarted: send the request again in a moment")
+            if not self._streaming:
+                raise stopping
+            await _end_with(send, stopping)
+
+    async def _pass_on(self, send: Send) -> None:
+        opened = await self._open_answer()
+        with opened.held:
+            headers = {name: value for name in PASSED_DOWN if (value := opened.answer.headers.get(name))}
+            headers |= STREAM_HEADERS if opened.rest else {"content-length": str(len(opened.first))}
+            raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": opened.answer.status, "headers": raw})
+            if opened.rest is None:
+                await send({"type": "http.response.body", "body": opened.first})
+                return
+            self._streaming = True
+            try:
+                async for frames in opened.rest:
+                    await send({"type": "http.response.body", "body": frames, "more_body": True})
+            except errors.GpuUnreachable as exc:
+                log.warning("%s", exc.message)
+                await _end_with(send, exc)
+                return
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def _end_with(send: Send, error: errors.RelayError) -> None:
+    """A stream's status is long sent: the error is its last event, and there is no [DONE]."""
+    event = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+    await send({"type": "http.response.body", "body": event, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _caller_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,193 @@
+"""What the environment may say, read once. The only place of the relay that reads it.
+
+Also the two secrets that are made on first start. Knows nothing of what the settings are for.
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MIN_SECRET_CHARS = 16
+TUNNEL_SUFFIXES = (
+    ".ngrok-free.app",
+    ".ngrok-free.dev",
+    ".ngrok.app",
+    ".ngrok.dev",
+    ".ngrok.io",
+    ".trycloudflare.com",
+)
+
+
+class BadSetting(Exception):
+    """One line for the person who started us."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    data_dir: Path = Path("data/relay")
+    database_url: str = ""  # empty: SQLite in the data folder
+    admin_key: str | None = None
+    enrol_token: str | None = None
+    allow_loopback_gpus: bool = False
+    gpu_host_suffixes: tuple[str, ...] = TUNNEL_SUFFIXES
+    heartbeat_s: float = 10.0
+    lease_s: float = 30.0
+    max_body_bytes: int = 8 * 2**20
+    max_upload_bytes: int = 512 * 2**20
+    max_adapter_bytes: int = 16 * 2**30
+
+    @property
+    def alive_s(self) -> float:
+        """A gpu silent for longer gets no new work."""
+        return 3 * self.heartbeat_s
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir / 'relay.db'}"
+
+    @property
+    def admin_key_file(self) -> Path:
+        return self.data_dir / "admin.key"
+
+    @property
+    def enrol_token_file(self) -> Path:
+        return self.data_dir / "enrol.token"
+
+
+def _text(value: str) -> str:
+    return value
+
+
+def _port(value: str) -> int:
+    number = int(value)
+    if not 0 <= number <= 65535:
+        raise ValueError("a port is 0 to 65535")
+    return number
+
+
+def _seconds(value: str) -> float:
+    number = float(value)
+    if not 0.1 <= number <= 3600:
+        raise ValueError("use 0.1 to 3600 seconds")
+    return number
+
+
+def _bytes(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise ValueError("use a whole number of bytes above 0")
+    return number
+
+
+def _switch(value: str) -> bool:
+    if value.lower() not in ("1", "true", "on", "yes", "0", "false", "off", "no"):
+        raise ValueError("use 1 or 0")
+    return value.lower() in ("1", "true", "on", "yes")
+
+
+def _secret(value: str) -> str:
+    if len(value) < MIN_SECRET_CHARS or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError(f"use at least {MIN_SECRET_CHARS} ASCII characters without spaces")
+    return value
+
+
+def _suffixes(value: str) -> tuple[str, ...]:
+    suffixes = tuple(part.strip().lower() for part in value.split(",") if part.strip())
+    if not suffixes or not all(s.startswith(".") and len(s) > 3 for s in suffixes):
+        raise ValueError("use suffixes that start with a dot, such as .example.com, with commas between")
+    return suffixes
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    field: str
+    default: str  # as the docs have it
+    meaning: str
+    parse: Callable[[str], Any]
+
+
+SETTINGS = (
+    Setting("RELAY_HOST", "host", "127.0.0.1", "Address to listen on.", _text),
+    Setting("RELAY_PORT", "port", "8000", "Port to listen on; 0 takes a free one.", _port),
+    Setting("RELAY_DATA_DIR", "data_dir", "data/relay", "Folder of the database, the blobs and the two secrets.", Path),
+    Setting(
+        "RELAY_DATABASE_URL", "database_url", "SQLite in the data folder", "SQLAlchemy URL with an async driver.", _text
+    ),
+    Setting("RELAY_ADMIN_KEY", "admin_key", "made on first start, in admin.key", "API key of the user admin.", _secret),
+    Setting(
+        "RELAY_ENROL_TOKEN", "enrol_token", "made on first start, in enrol.token", "What a gpu enrols with.", _secret
+    ),
+    Setting(
+        "RELAY_ALLOW_LOOPBACK_GPUS",
+        "allow_loopback_gpus",
+        "0",
+        "Also accept gpus at http://127.0.0.1; for development on one machine.",
+        _switch,
+    ),
+    Setting(
+        "RELAY_GPU_HOST_SUFFIXES",
+        "gpu_host_suffixes",
+        ",".join(TUNNEL_SUFFIXES),
+        "Hosts that a gpu's URL may have.",
+        _suffixes,
+    ),
+    Setting("RELAY_HEARTBEAT_S", "heartbeat_s", "10", "A heartbeat is held back this long at most.", _seconds),
+    Setting("RELAY_LEASE_S", "lease_s", "30", "A gpu silent for this long loses its job to another.", _seconds),
+    Setting("RELAY_MAX_BODY_BYTES", "max_body_bytes", "8388608", "Largest JSON body of a request.", _bytes),
+    Setting("RELAY_MAX_UPLOAD_BYTES", "max_upload_bytes", "536870912", "Largest file that a user uploads.", _bytes),
+    Setting(
+        "RELAY_MAX_ADAPTER_BYTES", "max_adapter_bytes", "17179869184", "Largest blob that a gpu sends back.", _bytes
+    ),
+)
+
+
+def from_env(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Raises BadSetting, naming the variable. An empty variable counts as unset."""
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        text = environ.get(setting.name, "").strip()
+        if not text:
+            continue
+        try:
+            values[setting.field] = setting.parse(text)
+        except ValueError as exc:
+            # The value of a secret must not end up in a log.
+            shown = "is set" if setting.parse is _secret else f"is {text!r}"
+            raise BadSetting(f"{setting.name} {shown}: {exc}") from exc
+    settings = Settings(**values)
+    if settings.lease_s < 2 * settings.heartbeat_s:
+        raise BadSetting("RELAY_LEASE_S must be at least twice RELAY_HEARTBEAT_S, or one late heartbeat loses a job")
+    if settings.database.startswith("sqlite") and not settings.database.startswith("sqlite+aiosqlite:///"):
+        raise BadSetting("RELAY_DATABASE_URL needs an async driver: use sqlite+aiosqlite:///path/to/relay.db")
+    return settings
+
+
+def secret(given: str | None, file: Path, prefix: str) -> str:
+    """What the environment gave; else what the file holds; else a new one, written there for its owner only."""
+    if given:
+        return given
+    try:
+        return _secret(file.read_text().strip())
+    except FileNotFoundError:
+        pass
+    except ValueError as exc:
+        raise BadSetting(f"{file} holds no usable secret ({exc}): delete it and start again") from exc
+    made = prefix + secrets.token_urlsafe(32)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+        out.write(made + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    try:
+        os.link(temporary, file)  # unlike rename, loses to another process that was first
+    except FileExistsError:
+        return secret(given, file, prefix)
+    finally:
+        temporary.unlink()
+    return made

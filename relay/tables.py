@@ -1,0 +1,174 @@
+"""The tables, and the states of a job. Portable between SQLite and PostgreSQL.
+
+Times are unix seconds on the relay's clock. Everything that a user makes carries its owner.
+"""
+
+from typing import Final, Literal
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData()
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("name", String(100), nullable=False, unique=True),
+    Column("created_at", Float, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("sha256", String(64), nullable=False, unique=True),  # the key itself is shown once and not kept
+    Column("prefix", String(20), nullable=False),  # enough to tell keys apart
+    Column("created_at", Float, nullable=False),
+    Column("last_used_at", Float),
+    Column("revoked_at", Float),
+)
+
+gpus = Table(
+    "gpus",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("instance_sha256", String(64), nullable=False, unique=True),
+    Column("epoch", Integer, nullable=False),
+    Column("signing_key", String(64), nullable=False),
+    Column("process", String(64), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("url", String(500)),
+    Column("tunnel", String(20), nullable=False),
+    Column("device", JSON, nullable=False),
+    Column("families", JSON, nullable=False),
+    Column("free_bytes", BigInteger, nullable=False),
+    Column("active_requests", Integer, nullable=False, default=0),
+    Column("runtime_ends_at", Float),
+    Column("enrolled_at", Float, nullable=False),
+    Column("last_seen_at", Float, nullable=False),
+)
+
+base_models = Table(
+    "base_models",  # every base model that was ever offered: known, though perhaps no gpu has it now
+    metadata,
+    Column("id", String(200), primary_key=True),
+    Column("family", String(20), nullable=False),
+    Column("n_layers", Integer, nullable=False),
+    Column("context_tokens", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+offers = Table(
+    "offers",  # which gpu has which base model
+    metadata,
+    Column("gpu_id", ForeignKey("gpus.id", ondelete="CASCADE"), primary_key=True),
+    Column("model_id", ForeignKey("base_models.id"), primary_key=True),
+    Column("loaded", Boolean, nullable=False),
+    Index("offers_by_model", "model_id"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("filename", String(200), nullable=False),
+    Column("purpose", String(40), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Index("files_by_owner", "owner", "created_at"),
+    Index("files_by_blob", "sha256"),
+)
+
+# The states of a job, and who moves it:
+#
+#   queued     -> leased      the dispatcher claims it for a gpu; the fence rises
+#   leased     -> running     the gpu's first report
+#   running    -> finalizing  the gpu's first blob of the result (from leased too, where a job is that short)
+#   finalizing -> succeeded   the gpu's result (from leased and running too)
+#   leased | running | finalizing -> failed     an error of the job's own, or the third lost attempt
+#   leased | running | finalizing -> queued     the lease is over, the gpu came back without it, or it asks for a retry
+#   queued | leased | running | finalizing -> cancelled    its owner; the fence rises
+#
+# A lease (gpu_id, gpu_epoch, lease_until) exists in LEASED states and in no other. `paused` comes with checkpoints.
+Status = Literal["queued", "leased", "running", "finalizing", "succeeded", "failed", "cancelled"]
+LEASED: Final[tuple[Status, ...]] = ("leased", "running", "finalizing")
+OPEN: Final[tuple[Status, ...]] = ("queued", *LEASED)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("base_model", ForeignKey("base_models.id"), nullable=False),
+    Column("suffix", String(64)),
+    Column("layers", JSON, nullable=False),  # list of wire.LayerSpec
+    Column("hyperparameters", JSON, nullable=False),  # as asked for, then as resolved by the gpu
+    Column("seed", Integer, nullable=False),
+    Column("training_file", String(40), nullable=False),
+    Column("validation_file", String(40)),
+    Column("training_blob", JSON, nullable=False),  # wire.FileRef: a job goes on when its file is deleted
+    Column("validation_blob", JSON),
+    Column("created_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Column("estimated_finish", Float),
+    Column("fence", Integer, nullable=False, default=0),  # counts claims; a write with an older one changes nothing
+    Column("gpu_id", ForeignKey("gpus.id")),
+    Column("gpu_epoch", Integer),
+    Column("lease_until", Float),
+    Column("last_gpu_id", String(40)),  # where it ran last, for the record and to try another first
+    Column("attempts", Integer, nullable=False, default=0),  # leases that ended without a result
+    Column("result", JSON),  # wire.JobResult as received: the same one again is no conflict
+    Column("error", JSON),  # code, message, param
+    Column("fine_tuned_model", String(400)),
+    Column("trained_tokens", BigInteger),
+    Index("jobs_by_owner", "owner", "created_at"),
+    Index("jobs_by_status", "status", "created_at"),
+    Index("jobs_by_gpu", "gpu_id"),
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("seq", Integer),  # the gpu's count within its lease; null in events of our own
+    Column("created_at", Float, nullable=False),
+    Column("level", String(10), nullable=False),
+    Column("type", String(10), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("data", JSON, nullable=False),
+    UniqueConstraint("job_id", "fence", "seq"),
+    Index("job_events_by_job", "job_id", "id"),
+)
+
+models = Table(
+    "models",  # tuned ones
+    metadata,
+    Column("id", String(400), primary_key=True),
+    Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("base_model", ForeignKey("base_models.id"), nullable=False),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False, unique=True),
+    Column("adapter", JSON, nullable=False),  # wire.AdapterManifest
+    Column("created_at", Float, nullable=False),
+    Index("models_by_owner", "owner", "created_at"),
+)
