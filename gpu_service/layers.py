@@ -132,13 +132,13 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
     itself or another one; NotYet for a part of the language that this version does not carry out.
     """
     tensors = [t for t in tensors if not (tied and t.part == "head")]  # some checkpoints store a tied head twice
-    budget = _MatchBudget()
+    deadline = time.monotonic() + MATCH_BUDGET_S
     full: dict[str, TensorInfo] = {}
     lora: dict[str, LoraTarget] = {}
     notes: list[str] = []
     for spec in specs:
         _refuse_unbuilt(spec)
-        for tensor in _chosen(tensors, spec, tied, budget, notes):
+        for tensor in _chosen(tensors, spec, tied, deadline, notes):
             if tensor.name in full or tensor.name in lora:
                 raise BadRequest(f"'{tensor.name}' is selected by two specs: let each select its own.", param=PARAM)
             if spec.method == "lora":
@@ -170,7 +170,7 @@ def _refuse_unbuilt(spec: LayerSpec) -> None:
 
 
 def _chosen(
-    tensors: Sequence[TensorInfo], spec: LayerSpec, tied: bool, budget: "_MatchBudget", notes: list[str]
+    tensors: Sequence[TensorInfo], spec: LayerSpec, tied: bool, deadline: float, notes: list[str]
 ) -> list[TensorInfo]:
     """One spec's tensors, before it is known what others select."""
     for part in spec.parts:
@@ -186,7 +186,7 @@ def _chosen(
 
     chosen = [t for t in tensors if wanted(t)]
     if spec.match is not None:
-        chosen = budget.narrow(chosen, spec.match)
+        chosen = _matching(chosen, spec.match, deadline)
     if spec.method == "lora" and chosen:
         chosen = [t for t in chosen if t.linear]
         if not chosen:
@@ -209,10 +209,9 @@ def _check_part(tensors: Sequence[TensorInfo], part: str, method: str, tied: boo
             "This model's head is tied to its embedding: select embed, with method full, which trains both.",
             param=PARAM,
         )
-    if not members and part in OF_DIFFUSION:
-        raise NoSuchLayer(f"part '{part}' belongs to Stable Diffusion: {_what_exists(tensors)}", param=PARAM)
     if not members:
-        raise NoSuchLayer(f"This model has no part '{part}': {_what_exists(tensors)}", param=PARAM)
+        why = ", which belongs to Stable Diffusion" if part in OF_DIFFUSION else ""
+        raise NoSuchLayer(f"This model has no part '{part}'{why}: {_what_exists(tensors)}", param=PARAM)
     if method == "lora" and not any(t.linear for t in members):
         raise BadRequest(
             f"lora adapts the matrices of attention, MLP and head, and '{part}' has none: use method full for it, "
@@ -244,29 +243,22 @@ def parse_layers(tensors: Sequence[TensorInfo], text: str) -> frozenset[int]:
     return frozenset(layers)
 
 
-class _MatchBudget:
-    """Runs patterns that strangers wrote. Some take exponential time, so all of a request share one small budget.
+def _matching(tensors: Iterable[TensorInfo], pattern: str, deadline: float) -> list[TensorInfo]:
+    """Strangers write the patterns, and some take exponential time: all of a selection share one deadline.
 
     The standard library's matcher can't be interrupted; that of the `regex` package watches the clock.
     """
 
-    def __init__(self) -> None:
-        self._left_s = MATCH_BUDGET_S
+    def left_s() -> float:
+        return max(deadline - time.monotonic(), 1e-3)
 
-    def narrow(self, tensors: Iterable[TensorInfo], pattern: str) -> list[TensorInfo]:
-        start = time.monotonic()
-        try:
-            compiled = regex.compile(pattern)
-            kept = [t for t in tensors if compiled.search(t.name, timeout=self._remaining_s(start))]
-        except (regex.error, OverflowError, RecursionError) as exc:
-            raise BadRequest(f"match '{pattern}' is no regular expression: {exc}", param=PARAM) from exc
-        except TimeoutError as exc:
-            raise BadRequest(f"match '{pattern}' takes too long: use a simpler one.", param=PARAM) from exc
-        self._left_s = self._remaining_s(start)
-        return kept
-
-    def _remaining_s(self, start: float) -> float:
-        return max(self._left_s - (time.monotonic() - start), 1e-3)
+    try:
+        compiled = regex.compile(pattern)
+        return [t for t in tensors if compiled.search(t.name, timeout=left_s())]
+    except (regex.error, OverflowError, RecursionError) as exc:
+        raise BadRequest(f"match '{pattern}' is no regular expression: {exc}", param=PARAM) from exc
+    except TimeoutError as exc:
+        raise BadRequest(f"match '{pattern}' takes too long: use a simpler one.", param=PARAM) from exc
 
 
 def _n_layers(tensors: Iterable[TensorInfo]) -> int:
