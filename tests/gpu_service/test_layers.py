@@ -1,11 +1,13 @@
 """The layer spec selects exactly what it says, or says what exists."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from gpu_service import layers
 from gpu_service.errors import BadRequest, GpuError, NoSuchLayer, NotYet, UnsupportedModel
@@ -80,6 +82,14 @@ def test_a_checkpoint_with_a_foreign_tensor_is_refused_by_name_but_rotary_consta
         llama_tensors(shapes() | {"model.layers.0.self_attn.q_norm.weight": (4,)})
     old = llama_tensors(shapes() | {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)})
     assert old == LLAMA
+
+
+def test_the_demo_model_is_understood_down_to_its_last_number(smol_dir: Path) -> None:
+    with safe_open(smol_dir / "model.safetensors", "pt") as file:
+        smol = llama_tensors({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    norms = select(smol, [LayerSpec(method="full", parts=["norm"])], tied=True)
+    assert (norms.total_tensors, norms.total_params, norms.n_layers) == (272, 134_515_008, 30)
+    assert (norms.n_tensors, norms.n_trainable) == (61, 61 * 576)
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
