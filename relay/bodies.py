@@ -39,7 +39,11 @@ def _too_large(limit_bytes: int) -> errors.TooLarge:
 def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises InvalidRequest that says what is wrong and where."""
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_no_constant)
+        if b"\\ud" in body.lower():  # an escape may name half of a surrogate pair, which no answer could repeat
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise errors.InvalidRequest("the body has an escape that is half of a character", code="not_json") from exc
     except UnicodeDecodeError as exc:
         raise errors.InvalidRequest(f"the body is not UTF-8: {exc.reason} at byte {exc.start}") from exc
     except json.JSONDecodeError as exc:
@@ -50,6 +54,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise errors.InvalidRequest(f"the body must be a JSON object, not {_named(value)}", code="not_json")
     return value
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is Python's, not JSON's")
 
 
 def _named(value: object) -> str:

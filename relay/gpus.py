@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import secrets
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -38,7 +39,7 @@ class Gpus:
         self._seen = wire.SeenNonces()
         self._proven: dict[str, int] = {}  # gpu id -> the epoch whose URL led to it
         self._tried_at: dict[str, float] = {}
-        self._challenges: dict[str, asyncio.Task[None]] = {}
+        self._challenges: dict[tuple[str, int], asyncio.Task[None]] = {}  # under way, by gpu id and epoch
         self._in_flight: Counter[str] = Counter()
         self._enrol_token = secrets.token_hex(32)  # nobody's, until open()
 
@@ -95,8 +96,8 @@ class Gpus:
             await self._offer(db, gpu_id, request.models)
         self._proven.pop(gpu_id, None)
         log.info("gpu %s '%s' enrolled, epoch %d, tunnel %s", gpu_id, request.name, epoch, request.tunnel)
-        if url:
-            self._start_challenge(Endpoint(gpu_id, epoch, request.name, url, signing_key))
+        # Challenged at its first heartbeat: only then is it sure to have the key that answers.
+        self._tried_at[gpu_id] = now
         return wire.EnrolReply(
             gpu_id=gpu_id,
             epoch=epoch,
@@ -129,6 +130,8 @@ class Gpus:
             current = (gpus.c.id == by.gpu_id) & (gpus.c.epoch == by.epoch)
             await db.execute(update(gpus).where(current).values(**row, active_requests=beat.active_requests))
             await self._offer(db, by.gpu_id, beat.models)
+        if not self.reachable(by.gpu_id, by.epoch):
+            await self.prove(by.gpu_id)
 
     async def _offer(self, db: AsyncConnection, gpu_id: str, models: list[wire.OfferedModel]) -> None:
         held = {r.model_id: r.loaded for r in await db.execute(select(offers).where(offers.c.gpu_id == gpu_id))}
@@ -154,28 +157,25 @@ class Gpus:
             del self._proven[to.gpu_id]
             log.warning("gpu %s '%s' can't be reached", to.gpu_id, to.name)
 
-    async def prove(self) -> None:
-        """Challenge, in the background, whoever is alive and has not proven its URL to this process lately."""
+    async def prove(self, at_once: str | None = None) -> None:
+        """Challenge, in the background, whoever is alive and has not proven its URL to this process lately.
+
+        The gpu `at_once` is not told to wait for its turn.
+        """
         now, alive = self._clock(), [to for to, _ in await self._alive()]
         self._tried_at = {to.gpu_id: self._tried_at.get(to.gpu_id, 0.0) for to in alive}  # forgets who is gone
         for to in alive:
-            if not self.reachable(to.gpu_id, to.epoch) and (
-                now - self._tried_at[to.gpu_id] >= self._settings.heartbeat_s
-            ):
+            due = to.gpu_id == at_once or now - self._tried_at[to.gpu_id] >= self._settings.heartbeat_s
+            if due and not self.reachable(to.gpu_id, to.epoch):
                 self._start_challenge(to)
 
     def _start_challenge(self, to: Endpoint) -> None:
-        running = self._challenges.pop(to.gpu_id, None)
-        if running:
-            running.cancel()  # of an older epoch or a tunnel that hangs
+        which = (to.gpu_id, to.epoch)
+        if which in self._challenges:
+            return
         self._tried_at[to.gpu_id] = self._clock()
-        task = asyncio.create_task(self._challenge(to))
-        self._challenges[to.gpu_id] = task
-        task.add_done_callback(lambda done: self._challenge_over(to.gpu_id, done))
-
-    def _challenge_over(self, gpu_id: str, task: asyncio.Task[None]) -> None:
-        if self._challenges.get(gpu_id) is task:
-            del self._challenges[gpu_id]
+        self._challenges[which] = asyncio.create_task(self._challenge(to))
+        self._challenges[which].add_done_callback(lambda _: self._challenges.pop(which, None))
 
     async def _challenge(self, to: Endpoint) -> None:
         try:
@@ -245,6 +245,8 @@ def check_url(url: str, settings: Settings) -> str:
         return f"{parts.scheme}://{shown}:{port}" if port else f"{parts.scheme}://{shown}"
     if parts.scheme != "https" or port not in (None, 443):
         raise errors.BadGpuUrl("url: use https on its usual port", param="url")
+    if not re.fullmatch(r"[a-z0-9.-]{1,253}", host):  # what two parsers might read in two ways, neither gets to see
+        raise errors.BadGpuUrl(f"url: '{host}' is no host name", param="url")
     if not host.endswith(settings.gpu_host_suffixes):
         raise errors.BadGpuUrl(
             f"url: host '{host}' ends with none of {', '.join(settings.gpu_host_suffixes)}; "

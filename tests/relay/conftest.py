@@ -1,0 +1,133 @@
+"""A relay on a real port for each test, on a clock that stands still until the test moves it."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from openai import AsyncOpenAI
+
+from relay.app import create_app
+from relay.settings import Settings
+from tests.relay.double_gpu import BASE, DoubleGpu
+
+ADMIN_KEY = "sk-fine-of-the-admin-in-tests"
+ENROL_TOKEN = "enrol-token-of-the-tests"
+CHAT_ROW = '{"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]}\n'
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+class Relay:
+    """A running relay and ways to talk to it."""
+
+    def __init__(self, url: str, settings: Settings, clock: Clock) -> None:
+        self.url = url
+        self.settings = settings
+        self.clock = clock
+        self.http = httpx2.AsyncClient(
+            base_url=url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=20, trust_env=False, verify=False
+        )
+        self.openai = self.client(ADMIN_KEY)
+
+    def client(self, key: str) -> AsyncOpenAI:
+        http = httpx2.AsyncClient(trust_env=False, verify=False)  # to plain HTTP; loading certificates takes long
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=20, http_client=http)
+
+    @asynccontextmanager
+    async def gpu(self, *models: str, enrol: bool = True) -> AsyncIterator[DoubleGpu]:
+        """One that is enrolled and reachable, unless told otherwise."""
+        async with DoubleGpu(self.url, ENROL_TOKEN, self.clock, models or (BASE,)).serving() as gpu:
+            if enrol:
+                assert (await gpu.enrol()).status_code == 200
+                await gpu.until_reachable()
+            yield gpu
+
+    async def upload(self, content: str = CHAT_ROW * 3) -> str:
+        return (await self.openai.files.create(file=("rows.jsonl", content.encode()), purpose="fine-tune")).id
+
+    def stored(self) -> list[Path]:
+        """Every blob, and every file that is half a blob."""
+        root = self.settings.data_dir / "blobs"
+        return [p for p in root.rglob("*") if p.is_file() and p.name not in ("lock", "opening")]
+
+
+@asynccontextmanager
+async def running_relay(folder: Path, clock: Clock, **changes: Any) -> AsyncIterator[Relay]:
+    values: dict[str, Any] = {
+        "data_dir": folder,
+        "admin_key": ADMIN_KEY,
+        "enrol_token": ENROL_TOKEN,
+        "allow_loopback_gpus": True,
+        "heartbeat_s": 0.3,
+        "max_upload_bytes": 200_000,
+    }
+    settings = Settings(**(values | changes))
+    app = create_app(settings, clock)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.005)
+        assert not serving.done()
+    relay = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}", settings, clock)
+    try:
+        yield relay
+    finally:
+        await relay.http.aclose()
+        await relay.openai.close()
+        app.state.dispatcher.stop()
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def start_relay(tmp_path: Path, clock: Clock) -> AsyncIterator[Callable[..., Any]]:
+    """For tests that need other settings."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**changes: Any) -> Relay:
+            return await stack.enter_async_context(running_relay(tmp_path / "data", clock, **changes))
+
+        yield start
+
+
+@pytest.fixture
+async def relay(tmp_path: Path, clock: Clock) -> AsyncIterator[Relay]:
+    async with running_relay(tmp_path / "data", clock) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def gpu(relay: Relay) -> AsyncIterator[DoubleGpu]:
+    async with relay.gpu() as gpu:
+        yield gpu
