@@ -68,6 +68,7 @@ def kept_secret(path: Path, given: str | None, prefix: str) -> str:
         with atomic_file(path) as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(f"{prefix}{secrets.token_urlsafe(32)}\n".encode())
+        print(f"made {path}", flush=True)
     return path.read_text().strip()
 
 

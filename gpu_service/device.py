@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -57,8 +58,17 @@ def choose(settings: Settings) -> Device:
         raise BadSetting("GPU_DEVICE is 'cuda' and torch sees no CUDA device: choose a GPU runtime, or leave it unset")
     if kind == "mps" and not _has_mps():
         raise BadSetting("GPU_DEVICE is 'mps' and torch sees no Apple GPU: leave it unset")
-    name = torch.cuda.get_device_name() if kind == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if kind == "cuda" else _processor()
     return Device(torch.device(kind), name, _precision(kind, settings.precision))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
 
 
 def _has_mps() -> bool:

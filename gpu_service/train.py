@@ -223,10 +223,13 @@ def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Te
     return full, lora
 
 
-def summed_loss(decoder: Llama, rows: Rows, batch: Batch, lowest: int, device: Device) -> Tensor:
+def summed_loss(
+    decoder: Llama, rows: Rows, batch: Batch, lowest: int, device: Device, *, chunk_tokens: int = LOSS_CHUNK_TOKENS
+) -> Tensor:
     """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
 
-    Below `lowest` nothing is trained, so nothing is kept for the backward pass.
+    Below `lowest` nothing is trained, so nothing is kept for the backward pass. The logits of at most `chunk_tokens`
+    labels are held at once.
     """
     ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
     n_layers = decoder.shape.n_layers
@@ -243,10 +246,10 @@ def summed_loss(decoder: Llama, rows: Rows, batch: Batch, lowest: int, device: D
     def loss(h: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(decoder.unembed(h, rows).float(), labels, reduction="sum")
 
-    if len(labels) <= LOSS_CHUNK_TOKENS:
+    if len(labels) <= chunk_tokens:
         return loss(h, labels)
     chunked: Callable[..., Tensor] = checkpoint  # logits are computed again in the backward pass, never all held
-    cuts = [slice(at, at + LOSS_CHUNK_TOKENS) for at in range(0, len(labels), LOSS_CHUNK_TOKENS)]
+    cuts = [slice(at, at + chunk_tokens) for at in range(0, len(labels), chunk_tokens)]
     parts = [chunked(loss, h[cut], labels[cut], use_reentrant=False) for cut in cuts]
     return torch.stack(parts).sum()
 

@@ -279,6 +279,9 @@ class Worker:
             self._adapters.move_to_end(wanted.id)
             return self._adapters[wanted.id]
         adapter = artifacts.load(wanted.files, base.source.tensors)
+        if adapter.meta.base_revision != base.source.revision:
+            # The same weights have another revision as a folder than from the hub, so this alone is no reason to refuse.
+            log.warning("%s has another revision here than the one that this adapter was trained on", base.source.id)
         adapter = adapter.to(self._device.torch, self._device.precision.dtype)
         self._adapters[wanted.id] = adapter
         while len(self._adapters) > 1 and sum(a.n_bytes for a in self._adapters.values()) > self._adapter_budget_bytes:

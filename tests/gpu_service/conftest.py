@@ -1,0 +1,95 @@
+"""A gpu service on a real port, in this event loop, so that a test can also look at its worker."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+import uvicorn
+
+from gpu_service import device as devices
+from gpu_service.app import Parts, Tuned, create_app
+from gpu_service.device import Device
+from gpu_service.gate import Gate, Identity
+from gpu_service.models import Base, Models
+from gpu_service.settings import Settings
+from gpu_service.worker import Worker
+from tests.conftest import TINY
+
+KEY = "sk-gpu-of-the-test"
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Device:
+    return devices.choose(Settings(device="cpu", precision="fp32"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_dir: Path, cpu: Device) -> Base:
+    return Models((f"{TINY}={tiny_dir}",), cpu).load(TINY)
+
+
+@pytest.fixture(scope="session")
+def smol(smol_dir: Path, cpu: Device) -> Base:
+    return Models((str(smol_dir),), cpu).load(smol_dir.name)
+
+
+@pytest.fixture
+def worker(tiny_dir: Path, cpu: Device) -> Iterator[Worker]:
+    models = Models((f"{TINY}={tiny_dir}",), cpu)
+    worker = Worker(Settings(), cpu, models)
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+@dataclass
+class Gpu:
+    http: httpx2.AsyncClient
+    url: str
+    worker: Worker
+    identity: Identity | None = None  # as if a relay had enrolled it
+
+
+@asynccontextmanager
+async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings) -> AsyncIterator[Gpu]:
+    models = Models((f"{TINY}={tiny_dir}",), cpu)
+    worker = Worker(settings, cpu, models)
+
+    async def no_tuned(model: str) -> Tuned | None:
+        return None
+
+    with ThreadPoolExecutor(max_workers=1) as tokenizing:
+        gate = Gate(KEY, settings.max_body_bytes, lambda: gpu.identity)
+        parts = Parts(
+            gate=gate,
+            identity=lambda: gpu.identity,
+            device=cpu,
+            models=models,
+            worker=worker,
+            tokenizing=tokenizing,
+            tuned=no_tuned,
+        )
+        server = uvicorn.Server(uvicorn.Config(create_app(parts), port=0, log_level="warning", lifespan="off"))
+        worker.start()
+        serving = asyncio.create_task(server._serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        url = "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
+            gpu = Gpu(http, url, worker)
+            yield gpu
+        server.should_exit = True
+        await serving
+        worker.stop()
+
+
+@pytest.fixture(scope="session")
+async def gpu(tiny_dir: Path, cpu: Device) -> AsyncIterator[Gpu]:
+    async with run_gpu(tiny_dir, cpu, Settings()) as gpu:
+        yield gpu

@@ -1,0 +1,193 @@
+"""Our decoder against transformers' own models: logits, greedy text, loss and gradients, in fp32."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from gpu_service.data import Batch
+from gpu_service.device import Device
+from gpu_service.errors import UnsupportedModel
+from gpu_service.llama import KVCache, Llama
+from gpu_service.models import Base
+from gpu_service.rows import Rows
+from gpu_service.train import summed_loss
+
+CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS: dict[str, Any] = {
+    "llama 2: every head its own keys, untied": LlamaConfig(**SMALL, num_key_value_heads=4),
+    "llama 3: grouped heads, scaled rope": LlamaConfig(**SMALL, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE),
+    "linear rope, tied": LlamaConfig(
+        **SMALL,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+    "yarn rope": LlamaConfig(**SMALL, num_key_value_heads=2, rope_parameters=YARN_ROPE),
+    "biases, wide heads": LlamaConfig(
+        **SMALL, num_key_value_heads=2, attention_bias=True, mlp_bias=True, head_dim=32, rms_norm_eps=1e-3
+    ),
+    "qwen2: biases on q, k and v only": Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+}
+
+
+def reference(config: Any) -> Any:
+    torch.manual_seed(1)
+    kind = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
+    model = kind(config).eval()
+    with torch.no_grad():  # transformers starts biases at zero and norms at one, which would hide mistakes
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if "rotary" not in name}
+
+
+def mixed_prompts(vocab: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """ids (B, T) right-padded with zeros, lengths (B,)."""
+    random = torch.Generator().manual_seed(2)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(3, vocab, (length,), generator=random)
+    return ids, torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_logits_equal_those_of_transformers_for_prompts_of_mixed_length(variant: str) -> None:
+    config = VARIANTS[variant]
+    model = reference(config)
+    decoder, rows = Llama(config, CPU), Rows(weights_of(model))
+    ids, lengths = mixed_prompts(300, [41, 7, 90, 1])
+    h = decoder.layers(decoder.embed(ids, rows), 0, 3, rows)
+    ours = decoder.head(h, rows)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(ours[row, :length], model(ids[row : row + 1, :length]).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_cached_batch_of_mixed_lengths_equals_the_whole_forward(variant: str) -> None:
+    """Prefill in unequal chunks, then single tokens, rows at different positions in one batch."""
+    config = VARIANTS[variant]
+    model = reference(config)
+    decoder, rows = Llama(config, CPU), Rows(weights_of(model))
+    ids, _ = mixed_prompts(300, [30, 30, 30])
+    starts = torch.tensor([5, 17, 1])
+    cache = KVCache(decoder.shape, 3, 4, torch.float32, CPU)
+    cache.reserve(30)
+    h = decoder.layers(decoder.embed(ids[:, :17], rows), 0, 3, rows, cache=cache)  # the shorter rows read on wrongly,
+    cache.lengths = starts.clone()  # and go back: what they wrote beyond their length must not be seen
+    for step in range(10):
+        now = ids[torch.arange(3), starts + step][:, None]
+        h = decoder.layers(decoder.embed(now, rows), 0, 3, rows, cache=cache)
+        cache.lengths += 1
+        ours = decoder.head(h, rows)[:, 0]
+        for row in range(3):
+            theirs = model(ids[row : row + 1, : starts[row] + step + 1]).logits[0, -1]
+            torch.testing.assert_close(ours[row], theirs, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_real_model_gives_the_logits_and_the_greedy_text_of_transformers(smol: Base) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(smol.source.folder, dtype=torch.float32).eval()
+    decoder, rows = Llama(smol.source.config, CPU), Rows(smol.weights)
+    for prompt in ("Gravity is", "The three largest cities of Korea, by the number of people who live there, are"):
+        ids = smol.source.tokenizer(prompt, return_tensors="pt").input_ids
+        whole = decoder.head(decoder.layers(decoder.embed(ids, rows), 0, 30, rows), rows)
+        torch.testing.assert_close(whole, theirs(ids).logits, atol=1e-4, rtol=0)
+        expected = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
+        cache = KVCache(decoder.shape, 1, 8, torch.float32, CPU)
+        written, pending = ids[0].tolist(), ids
+        while len(written) < len(expected):
+            cache.reserve(int(cache.lengths[0]) + pending.shape[1])
+            h = decoder.layers(decoder.embed(pending, rows), 0, 30, rows, cache=cache)
+            cache.lengths += pending.shape[1]
+            written.append(int(decoder.head(h[:, -1:], rows).argmax()))
+            pending = torch.tensor([[written[-1]]])
+        assert written == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lowest", [0, 2, 3])
+def test_loss_and_gradients_equal_autograd_through_transformers(variant: str, lowest: int, cpu: Device) -> None:
+    config = VARIANTS[variant]
+    model = reference(config)
+    ids, lengths = mixed_prompts(300, [20, 33, 9])
+    learn = torch.arange(33) < lengths[:, None]
+    learn[:, :5] = False
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name == "model.norm.weight"
+        or (lowest == 0 and "embed" in name)
+        or any(name.startswith(f"model.layers.{layer}.") for layer in range(lowest, 3))
+    }
+    full = {name: parameter.detach().clone().requires_grad_() for name, parameter in trained.items()}
+    rows = Rows(weights_of(model), full=full)
+    ours = summed_loss(Llama(config, CPU), rows, Batch(ids, learn, lengths), lowest, cpu)
+    ours.backward()  # type: ignore[no-untyped-call]
+
+    theirs = torch.zeros(())
+    for row, length in enumerate(lengths):
+        logits = model(ids[row : row + 1, :length]).logits[0]
+        labels = torch.where(learn[row, :length], ids[row, :length], -100)
+        theirs = theirs + F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
+    theirs.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
+    for name, parameter in trained.items():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(full[name].grad, parameter.grad, atol=1e-5 * max(1.0, scale), rtol=1e-4)
+
+
+def test_a_loss_in_chunks_equals_the_loss_in_one(smol: Base, cpu: Device) -> None:
+    ids, lengths = mixed_prompts(49152, [40, 25])
+    learn = torch.arange(40) < lengths[:, None]
+    decoder = Llama(smol.source.config, CPU)
+    name = "model.layers.29.mlp.down_proj.weight"
+    results = []
+    for chunk in (1024, 16):
+        full = {name: smol.weights[name].clone().requires_grad_()}
+        batch = Batch(ids, learn, lengths)
+        loss = summed_loss(decoder, Rows(smol.weights, full=full), batch, 29, cpu, chunk_tokens=chunk)
+        loss.backward()  # type: ignore[no-untyped-call]
+        results.append((loss.detach(), full[name].grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (LlamaConfig(**SMALL, hidden_act="gelu"), "gelu"),
+        (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
+        (Qwen2Config(**SMALL, use_sliding_window=True, num_key_value_heads=4), "sliding-window"),
+    ],
+)
+def test_what_the_block_does_not_cover_is_refused_by_name(config: Any, named: str) -> None:
+    with pytest.raises(UnsupportedModel, match=named):
+        Llama(config, CPU)
