@@ -23,7 +23,9 @@ from relay.app import create_app, prepare
 from relay.settings import Settings
 from relay.store import Store
 
+KEEPALIVE_S = 75  # longer than nginx and most clients keep theirs, so that they are the first to let go
 STOP_S = 1  # what is still going on after this long is cut off
+BACKLOG = 2048
 JOBS_SHOWN = 50
 
 log = logging.getLogger("relay")
@@ -31,6 +33,14 @@ log = logging.getLogger("relay")
 
 class _Server(uvicorn.Server):
     """Stops what would last as soon as the signal comes, not when its connections happen to close."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+        super().__init__(config)
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        log.info(self._greeting)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -40,6 +50,7 @@ class _Server(uvicorn.Server):
         yield
 
     def _stop(self) -> None:
+        self.force_exit = self.should_exit  # the second time, at once
         self.should_exit = True
         self.config.app.state.dispatcher.stop()  # type: ignore[union-attr]
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # cut-off requests are meant
@@ -56,12 +67,19 @@ def serve(config: Settings) -> int:
         return _complain(f"port {config.port} on {config.host} {reason}")
     prepare(config)
     app = create_app(config)
-    options = uvicorn.Config(app, access_log=False, log_config=None, timeout_graceful_shutdown=STOP_S, lifespan="on")
+    options = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEPALIVE_S,
+        timeout_graceful_shutdown=STOP_S,
+    )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     key = "RELAY_ADMIN_KEY" if config.admin_key else str(config.admin_key_file)
-    log.info("the relay is at http://%s:%d, the admin's key in %s", shown, port, key)
-    _Server(options).run(sockets=[listener])
+    _Server(options, f"the relay is at http://{shown}:{port}, the admin's key in {key}").run(sockets=[listener])
     return 0
 
 
@@ -70,9 +88,13 @@ def _listen(config: Settings) -> socket.socket:
         config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-    listener.listen(2048)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart would wait for old connections
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 

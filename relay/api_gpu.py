@@ -15,7 +15,7 @@ from relay.blobs import Blobs
 from relay.bodies import parse, parse_object, read_body
 from relay.dispatcher import Dispatcher
 from relay.gpus import Gpus
-from relay.jobs import Jobs
+from relay.leases import Leases
 from relay.models import Models
 from relay.settings import Settings
 from relay.store import Clock
@@ -28,7 +28,7 @@ class GpuApi:
     """The routes' parts, and what every signed route begins with."""
 
     gpus: Gpus
-    jobs: Jobs
+    leases: Leases
     models: Models
     blobs: Blobs
     dispatcher: Dispatcher
@@ -59,7 +59,7 @@ def router(api: GpuApi) -> APIRouter:
         api.gpus.check_enrol_token(request.headers.get("authorization"))
         message = parse(wire.EnrolRequest, parse_object(await read_body(request, api.settings.max_body_bytes)))
         reply = await api.gpus.enrol(message)
-        await api.jobs.adopt(wire.SignedBy(gpu_id=reply.gpu_id, epoch=reply.epoch), message.leases)
+        await api.leases.adopt(wire.SignedBy(gpu_id=reply.gpu_id, epoch=reply.epoch), message.leases)
         api.dispatcher.wake()
         return reply
 
@@ -68,7 +68,7 @@ def router(api: GpuApi) -> APIRouter:
         """Held back until a command waits, or the time that the enrolment named is over."""
         by, beat = await api.message(request, wire.Heartbeat)
         await api.gpus.heard(by, beat)
-        await api.jobs.renew(by, beat.leases)
+        await api.leases.renew(by, beat.leases)
         api.dispatcher.wake()
         commands = await api.dispatcher.commands(by, beat.leases, api.settings.heartbeat_s)
         return wire.HeartbeatReply(
@@ -78,13 +78,13 @@ def router(api: GpuApi) -> APIRouter:
     @routes.post("/jobs/{job_id}/events")
     async def events(job_id: str, request: Request) -> JSONResponse:
         by, batch = await api.message(request, wire.JobEvents)
-        await api.jobs.record(by, job_id, batch)
+        await api.leases.record(by, job_id, batch)
         return JSONResponse({"stored": len(batch.events)})
 
     @routes.post("/jobs/{job_id}/finish")
     async def finish(job_id: str, request: Request) -> JSONResponse:
         by, result = await api.message(request, wire.JobResult)
-        job = await api.jobs.finish(by, job_id, result)
+        job = await api.leases.finish(by, job_id, result)
         api.dispatcher.wake()
         return JSONResponse({"status": job.status, "fine_tuned_model": job.fine_tuned_model})
 
@@ -92,7 +92,7 @@ def router(api: GpuApi) -> APIRouter:
     async def has_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: int = Query(ge=1)) -> Response:
         """Asked before an upload, so that what is here already is not sent again."""
         by, _ = await api.signed(request)
-        await api.jobs.check_lease(by, job_id, fence)
+        await api.leases.check_lease(by, job_id, fence)
         size_bytes = api.blobs.size_bytes(sha256)
         if size_bytes is None:
             return Response(status_code=404)
@@ -103,7 +103,7 @@ def router(api: GpuApi) -> APIRouter:
         by, promised = await api.signed(request)
         if promised != sha256:
             raise errors.BadSignature("the signature is about another blob than the path: sign again")
-        await api.jobs.finalize(by, job_id, fence)
+        await api.leases.finalize(by, job_id, fence)
         async with api.blobs.incoming(api.settings.max_adapter_bytes) as incoming:
             async for chunk in request.stream():
                 await incoming.write(chunk)

@@ -26,6 +26,7 @@ from relay.files import Files
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs
+from relay.leases import Leases
 from relay.models import Models
 from relay.proxy import Proxy
 from relay.settings import Settings, secret
@@ -56,10 +57,11 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     client = GpuClient(transport, clock)
     accounts = Accounts(store, clock)
     gpus = Gpus(store, client, settings, clock)
-    jobs = Jobs(store, blobs, settings, clock)
+    jobs = Jobs(store, clock)
+    leases = Leases(store, blobs, settings, clock)
     files = Files(store, blobs, clock)
     models = Models(store, blobs, settings, clock)
-    dispatcher = Dispatcher(jobs, gpus, stopping)
+    dispatcher = Dispatcher(leases, gpus, stopping)
     proxy = Proxy(gpus, client, stopping)
 
     @contextlib.asynccontextmanager
@@ -72,7 +74,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             closing.callback(blobs.close)
             await accounts.open(admin_key)
             gpus.open(enrol_token)
-            await jobs.grace()
+            await leases.grace()
             await transport.open()
             closing.push_async_callback(transport.close)
             closing.push_async_callback(gpus.close)
@@ -88,7 +90,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             api_openai.OpenAIApi(accounts, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
         )
     )
-    app.include_router(api_gpu.router(api_gpu.GpuApi(gpus, jobs, models, blobs, dispatcher, settings, clock)))
+    app.include_router(api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock)))
     app.include_router(api_ui.router())
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
@@ -138,6 +140,7 @@ class RequestLine:
             return
         began, status = time.monotonic(), 0
         request_id = f"req-{secrets.token_hex(8)}"
+        path = scope["raw_path"].decode("ascii", "replace")[:200]  # still escaped: it can't forge a line of the log
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_named(message: Message) -> None:
@@ -161,4 +164,4 @@ class RequestLine:
         finally:
             took_ms = 1000 * (time.monotonic() - began)
             # Without a status nothing was sent: the caller left first.
-            log.info("%s %s %s %.0f ms %s", scope["method"], scope["path"], status or "-", took_ms, request_id)
+            log.info("%s %s %s %.0f ms %s", scope["method"], path, status or "-", took_ms, request_id)

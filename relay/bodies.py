@@ -4,13 +4,14 @@ Knows no route and no table.
 """
 
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 import wire
 from relay import errors
@@ -39,7 +40,7 @@ def _too_large(limit_bytes: int) -> errors.TooLarge:
 def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises InvalidRequest that says what is wrong and where."""
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant, parse_float=_finite)
         if b"\\ud" in body.lower():  # an escape may name half of a surrogate pair, which no answer could repeat
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
@@ -58,6 +59,13 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is Python's, not JSON's")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
 
 
 def _named(value: object) -> str:
@@ -124,7 +132,7 @@ class Form:
             for piece in pieces:
                 await write(piece)
         if not self._ended:
-            raise ClientDisconnect
+            raise errors.InvalidRequest("the form ends too early: its last boundary is missing", param="file")
 
     def _begin(self) -> None:
         self._disposition, self._name, self._in_file = b"", "", False

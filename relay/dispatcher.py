@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import wire
 from relay.gpus import Gpus
-from relay.jobs import Jobs
+from relay.leases import Leases
 
 log = logging.getLogger("relay.dispatcher")
 
@@ -21,8 +21,8 @@ ROUND_S = 1.0  # without a bell; also how long a command by another process goes
 class Dispatcher:
     """`stopping` ends the loop and every held heartbeat."""
 
-    def __init__(self, jobs: Jobs, gpus: Gpus, stopping: asyncio.Event) -> None:
-        self._jobs = jobs
+    def __init__(self, leases: Leases, gpus: Gpus, stopping: asyncio.Event) -> None:
+        self._leases = leases
         self._gpus = gpus
         self._stopping = stopping
         self._work = asyncio.Event()
@@ -55,19 +55,20 @@ class Dispatcher:
 
     async def _round(self) -> None:
         await self._gpus.prove()
-        if await self._jobs.expire():
+        if await self._leases.expire():
             log.warning("leases were over; their jobs wait again")
         jobs: set[str] = set()
         gpus: set[str] = set()
-        for match in await self._jobs.matches():
+        for match in await self._leases.matches():
             if match.job_id in jobs or match.gpu_id in gpus:
                 continue
-            fence = await self._jobs.claim(match)
+            fence = await self._leases.claim(match)
             jobs.add(match.job_id)
             gpus.add(match.gpu_id)
             if fence is not None:
                 log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
                 self.ring(match.gpu_id)
+                self.wake()  # there may be more than one round can see
 
     async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease], hold_s: float) -> list[wire.Command]:
         """What the gpu must do; waits for it up to `hold_s`."""
@@ -79,7 +80,7 @@ class Dispatcher:
         try:
             while True:
                 bell.clear()  # before the look, so that what comes in between is not missed
-                commands = await self._jobs.commands(by, held)
+                commands = await self._leases.commands(by, held)
                 left_s = until - loop.time()
                 if commands or left_s <= 0 or self._stopping.is_set():
                     return commands

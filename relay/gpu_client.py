@@ -134,4 +134,4 @@ async def _not_the_gpu(answer: Answer) -> str | None:
 
 
 def _unreachable(to: Endpoint, why: str) -> errors.GpuUnreachable:
-    return errors.GpuUnreachable(f"gpu '{to.name}' can't be reached: {why}. Try again in a moment.")
+    return errors.GpuUnreachable(f"gpu {to.name!r} can't be reached: {why}. Try again in a moment.")

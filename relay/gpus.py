@@ -13,10 +13,11 @@ import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
@@ -95,9 +96,7 @@ class Gpus:
                 await db.execute(insert(gpus).values(**row, id=gpu_id, epoch=epoch, instance_sha256=instance))
             await self._offer(db, gpu_id, request.models)
         self._proven.pop(gpu_id, None)
-        log.info("gpu %s '%s' enrolled, epoch %d, tunnel %s", gpu_id, request.name, epoch, request.tunnel)
-        # Challenged at its first heartbeat: only then is it sure to have the key that answers.
-        self._tried_at[gpu_id] = now
+        log.info("gpu %s %r enrolled, epoch %d, tunnel %s", gpu_id, request.name, epoch, request.tunnel)
         return wire.EnrolReply(
             gpu_id=gpu_id,
             epoch=epoch,
@@ -155,19 +154,20 @@ class Gpus:
         """Until it has answered a challenge again."""
         if self._proven.get(to.gpu_id) == to.epoch:
             del self._proven[to.gpu_id]
-            log.warning("gpu %s '%s' can't be reached", to.gpu_id, to.name)
+            log.warning("gpu %s %r can't be reached", to.gpu_id, to.name)
 
     async def prove(self, at_once: str | None = None) -> None:
         """Challenge, in the background, whoever is alive and has not proven its URL to this process lately.
 
         The gpu `at_once` is not told to wait for its turn.
         """
-        now, alive = self._clock(), [to for to, _ in await self._alive()]
-        self._tried_at = {to.gpu_id: self._tried_at.get(to.gpu_id, 0.0) for to in alive}  # forgets who is gone
-        for to in alive:
-            due = to.gpu_id == at_once or now - self._tried_at[to.gpu_id] >= self._settings.heartbeat_s
-            if due and not self.reachable(to.gpu_id, to.epoch):
-                self._start_challenge(to)
+        now, alive = self._clock(), await self._alive()
+        # Since its enrolment, too: it must have read our reply before it can prove anything. Who is gone is forgotten.
+        self._tried_at = {row.id: max(self._tried_at.get(row.id, 0.0), row.enrolled_at) for row in alive}
+        for row in alive:
+            due = row.id == at_once or now - self._tried_at[row.id] >= self._settings.heartbeat_s
+            if due and not self.reachable(row.id, row.epoch):
+                self._start_challenge(_endpoint(row))
 
     def _start_challenge(self, to: Endpoint) -> None:
         which = (to.gpu_id, to.epoch)
@@ -187,18 +187,16 @@ class Gpus:
             log.warning("gpu %s: what is behind its URL is not the gpu that enrolled", to.gpu_id)
             return
         self._proven[to.gpu_id] = to.epoch
-        log.info("gpu %s '%s' is reachable", to.gpu_id, to.name)
+        log.info("gpu %s %r is reachable", to.gpu_id, to.name)
 
     # --- choosing one ---
 
     async def choose(self, model: str, exclude: Collection[str] = ()) -> Endpoint | None:
         """Alive, reachable, with this base model; the least busy. None if there is no such gpu."""
-        able = [
-            (self._in_flight[to.gpu_id], not loaded, secrets.randbits(16), to)
-            for to, loaded in await self._alive(model)
-            if to.gpu_id not in exclude and self.reachable(to.gpu_id, to.epoch)
-        ]
-        return min(able, key=lambda entry: entry[:3])[3] if able else None
+        able = [row for row in await self._alive(model) if row.id not in exclude and self.reachable(row.id, row.epoch)]
+        if not able:
+            return None
+        return _endpoint(min(able, key=lambda row: (self._in_flight[row.id], not row.loaded, secrets.randbits(16))))
 
     @contextlib.contextmanager
     def busy(self, gpu_id: str) -> Iterator[None]:
@@ -211,17 +209,20 @@ class Gpus:
             if not self._in_flight[gpu_id]:
                 del self._in_flight[gpu_id]
 
-    async def _alive(self, model: str | None = None) -> list[tuple[Endpoint, bool]]:
-        """Those with a URL, and whether they have the model loaded."""
-        query = select(gpus.c.id, gpus.c.epoch, gpus.c.name, gpus.c.url, gpus.c.signing_key).where(
+    async def _alive(self, model: str | None = None) -> Sequence[Row[Any]]:
+        """Those with a URL and, where one is named, the model; then also whether they have it `loaded`."""
+        query = select(gpus).where(
             gpus.c.url.is_not(None), gpus.c.last_seen_at >= self._clock() - self._settings.alive_s
         )
         if model is not None:
             query = query.join(offers, offers.c.gpu_id == gpus.c.id).where(offers.c.model_id == model)
             query = query.add_columns(offers.c.loaded)
         async with self._store.read() as db:
-            rows = (await db.execute(query)).all()
-        return [(Endpoint(r.id, r.epoch, r.name, r.url, r.signing_key), model is not None and r.loaded) for r in rows]
+            return (await db.execute(query)).all()
+
+
+def _endpoint(row: Row[Any]) -> Endpoint:
+    return Endpoint(row.id, row.epoch, row.name, row.url, row.signing_key)
 
 
 def check_url(url: str, settings: Settings) -> str:

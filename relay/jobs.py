@@ -1,7 +1,6 @@
-"""Fine-tuning jobs: every move between the states that tables.py lists, and what they reported.
+"""Fine-tuning jobs as their owners see them: create, look, read events, cancel.
 
-Each write by a gpu says `fence = ? AND lease_until > now`; zero rows is LeaseLost. Only the relay's clock counts.
-Knows nothing of HTTP, of gpus beyond their ids, or of who wakes whom.
+Knows nothing of HTTP. What gpus and the dispatcher do to a job is in leases.py; the states are in tables.py.
 """
 
 import secrets
@@ -9,21 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, exists, insert, or_, select, update
+from sqlalchemy import Row, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
 from relay import errors
-from relay.blobs import Blobs
-from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.tables import LEASED, OPEN, gpus, job_events, jobs, models, offers
-
-MAX_ATTEMPTS = 3  # leases that may end without a result before the job is given up
-WAITING_SHOWN = 200  # pairs of job and gpu that one round of dispatching looks at
+from relay.tables import OPEN, job_events, jobs
 
 JobRow = Row[Any]
 EventRow = Row[Any]
+NO_LEASE: Mapping[str, None] = {"gpu_id": None, "gpu_epoch": None, "lease_until": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,28 +34,10 @@ class NewJob:
     validation_blob: wire.FileRef | None
 
 
-@dataclass(frozen=True)
-class Match:
-    """A waiting job, and a gpu that could take it."""
-
-    job_id: str
-    gpu_id: str
-    gpu_epoch: int
-
-
 class Jobs:
-    def __init__(self, store: Store, blobs: Blobs, settings: Settings, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
-        self._blobs = blobs
-        self._settings = settings
         self._clock = clock
-
-    async def grace(self) -> None:
-        """At the start of the relay: its own absence must cost nobody a lease."""
-        async with self._store.write() as db:
-            await db.execute(update(jobs).where(jobs.c.status.in_(LEASED)).values(lease_until=self._term()))
-
-    # --- its owner's side ---
 
     async def create(self, owner: str, new: NewJob) -> JobRow:
         job_id = f"ftjob-{secrets.token_hex(12)}"
@@ -82,7 +59,7 @@ class Jobs:
                     created_at=self._clock(),
                 )
             )
-            await self._say(db, job_id, 0, "Job created and queued.")
+            await say(db, self._clock(), job_id, 0, "Job created and queued.")
             return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
 
     async def get(self, owner: str, job_id: str) -> JobRow:
@@ -118,9 +95,9 @@ class Jobs:
             job = await self._of(db, owner, job_id)
             if job.status not in OPEN:
                 raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to cancel")
-            values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **_NO_LEASE}
+            values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **NO_LEASE}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
-            await self._say(db, job_id, job.fence + 1, "Job cancelled.")
+            await say(db, now, job_id, job.fence + 1, "Job cancelled.")
             return await self._of(db, owner, job_id), job.gpu_id
 
     async def _of(self, db: AsyncConnection, owner: str, job_id: str) -> JobRow:
@@ -129,256 +106,11 @@ class Jobs:
             raise errors.NotFound(f"no fine-tuning job '{job_id}'", param="fine_tuning_job_id")
         return row
 
-    # --- the dispatcher's side ---
 
-    async def matches(self) -> list[Match]:
-        """The job that waits longest first; for each its gpus: alive, idle, with the base model; a fresh one first."""
-        busy = exists().where(jobs.c.gpu_id == gpus.c.id).correlate(gpus)
-        waiting = jobs.alias("waiting")
-        query = (
-            select(waiting.c.id, gpus.c.id.label("gpu_id"), gpus.c.epoch)
-            .select_from(waiting)
-            .join(offers, offers.c.model_id == waiting.c.base_model)
-            .join(gpus, gpus.c.id == offers.c.gpu_id)
-            .where(waiting.c.status == "queued", gpus.c.last_seen_at >= self._clock() - self._settings.alive_s, ~busy)
-            .order_by(
-                waiting.c.created_at,
-                waiting.c.id,
-                waiting.c.last_gpu_id == gpus.c.id,
-                offers.c.loaded.desc(),
-                gpus.c.id,
-            )
-            .limit(WAITING_SHOWN)
-        )
-        async with self._store.read() as db:
-            return [Match(r.id, r.gpu_id, r.epoch) for r in await db.execute(query)]
-
-    async def claim(self, match: Match) -> int | None:
-        """queued -> leased, raising the fence, which it returns. None if somebody was first."""
-        other = jobs.alias("other")
-        free = ~exists().where(other.c.gpu_id == match.gpu_id)
-        same = exists().where(gpus.c.id == match.gpu_id, gpus.c.epoch == match.gpu_epoch)
-        values = {
-            "status": "leased",
-            "fence": jobs.c.fence + 1,
-            "gpu_id": match.gpu_id,
-            "last_gpu_id": match.gpu_id,
-            "gpu_epoch": match.gpu_epoch,
-            "lease_until": self._term(),
-        }
-        async with self._store.write() as db:
-            claimed = update(jobs).where(jobs.c.id == match.job_id, jobs.c.status == "queued", free, same)
-            done = await db.execute(claimed.values(**values).returning(jobs.c.fence))
-            fence: int | None = done.scalar_one_or_none()
-            if fence is not None:
-                name = select(gpus.c.name).where(gpus.c.id == match.gpu_id)
-                await self._say(db, match.job_id, fence, f"Given to gpu '{(await db.execute(name)).scalar_one()}'.")
-        return fence
-
-    async def expire(self) -> int:
-        """Leases that are over go back to the queue; how many."""
-        over = jobs.c.status.in_(LEASED) & (jobs.c.lease_until <= self._clock())
-        async with self._store.read() as db:  # nearly always there is none, and reading disturbs nobody
-            if (await db.execute(select(jobs.c.id).where(over).limit(1))).first() is None:
-                return 0
-        async with self._store.write() as db:
-            rows = (await db.execute(select(jobs).where(over))).all()
-            for job in rows:
-                await self._requeue(db, job, "The gpu has gone silent.", "gpu_lost", counts=True)
-        return len(rows)
-
-    # --- the gpu's side ---
-
-    async def adopt(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
-        """After an enrolment: leases that the gpu still holds move to its new epoch, the others are queued again."""
-        keeps = {(lease.job_id, lease.fence) for lease in held}
-        async with self._store.write() as db:
-            mine = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.status.in_(LEASED))
-            for job in (await db.execute(mine)).all():
-                if (job.id, job.fence) in keeps:
-                    values = {"gpu_epoch": by.epoch, "lease_until": self._term()}
-                    await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
-                else:
-                    why = "The gpu was started anew."
-                    await self._requeue(db, job, why, "gpu_lost", counts=job.status != "leased")
-
-    async def renew(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
-        """Those of the leases that are still the gpu's."""
-        if not held:
-            return
-        mine = or_(*(self._live(by, lease.job_id, lease.fence) for lease in held))
-        async with self._store.write() as db:
-            await db.execute(update(jobs).where(mine).values(lease_until=self._term()))
-
-    async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> list[wire.Command]:
-        """What the gpu must do so that what it holds is what the database says. The same each time until it has."""
-        query = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.gpu_epoch == by.epoch, jobs.c.status.in_(LEASED))
-        async with self._store.read() as db:
-            mine = {(job.id, job.fence): job for job in await db.execute(query)}
-        reported = {(lease.job_id, lease.fence) for lease in held}
-        cancels = [wire.CancelLease(job_id=job_id, fence=fence) for job_id, fence in sorted(reported - mine.keys())]
-        grants = [
-            wire.GrantLease(fence=fence, job=job_spec(job))
-            for (job_id, fence), job in mine.items()
-            if (job_id, fence) not in reported
-        ]
-        return [*cancels, *grants]
-
-    async def record(self, by: wire.SignedBy, job_id: str, batch: wire.JobEvents) -> None:
-        """Each event once, however often it is sent; renews the lease. Raises LeaseLost."""
-        async with self._store.write() as db:
-            job = await self._leased(db, by, job_id, batch.fence)
-            seen = select(job_events.c.seq).where(
-                job_events.c.job_id == job_id, job_events.c.fence == batch.fence, job_events.c.seq.is_not(None)
-            )
-            wanted = [event.seq for event in batch.events]
-            known = set((await db.execute(seen.where(job_events.c.seq.in_(wanted)))).scalars())
-            fresh = {event.seq: event for event in batch.events if event.seq not in known}
-            rows = [
-                {"job_id": job_id, "fence": batch.fence, "seq": seq, "created_at": event.at}
-                | event.model_dump(exclude={"at", "seq"})
-                for seq, event in sorted(fresh.items())
-            ]
-            if rows:
-                await db.execute(insert(job_events), rows)
-            values: dict[str, Any] = {"lease_until": self._term()}
-            if job.status == "leased":
-                values["status"] = "running"
-            if ends := [end for _, event in sorted(fresh.items()) if (end := _estimated_finish(event)) is not None]:
-                values["estimated_finish"] = ends[-1]
-            await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
-
-    async def check_lease(self, by: wire.SignedBy, job_id: str, fence: int) -> None:
-        """Raises LeaseLost."""
-        async with self._store.read() as db:
-            await self._leased(db, by, job_id, fence)
-
-    async def finalize(self, by: wire.SignedBy, job_id: str, fence: int) -> None:
-        """The gpu begins to hand in the result. Raises LeaseLost."""
-        async with self._store.write() as db:
-            await self._leased(db, by, job_id, fence)
-            values = {"status": "finalizing", "lease_until": self._term()}
-            await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
-
-    async def finish(self, by: wire.SignedBy, job_id: str, result: wire.JobResult) -> JobRow:
-        """The job ends, and its model exists, in one transaction. The same result again is no conflict.
-
-        The blobs that the result names must be there. Raises LeaseLost, InvalidRequest.
-        """
-        if (result.adapter is None) == (result.error is None):
-            raise errors.InvalidRequest("give exactly one of 'adapter' and 'error'", param="adapter")
-        stored = result.model_dump()
-        async with self._store.write() as db:
-            job = (await db.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
-            if job is not None and job.fence == result.fence and job.last_gpu_id == by.gpu_id and job.result == stored:
-                return job
-            job = await self._leased(db, by, job_id, result.fence)
-            if result.adapter is not None:
-                await self._succeed(db, job, result, result.adapter)
-            elif result.error is not None and result.error.retry:
-                await self._requeue(db, job, result.error.message, result.error.code, counts=True)
-                await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
-            elif result.error is not None:
-                await self._fail(db, job, result.error.message, result.error.code, result.error.param)
-                await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
-            return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
-
-    async def _succeed(
-        self, db: AsyncConnection, job: JobRow, result: wire.JobResult, adapter: wire.AdapterManifest
-    ) -> None:
-        if adapter.base_model != job.base_model:
-            raise errors.InvalidRequest(f"adapter.base_model: the job is about '{job.base_model}'", param="adapter")
-        for file in adapter.files:
-            if self._blobs.size_bytes(file.sha256) != file.bytes:
-                message = f"adapter.files: blob {file.sha256} ({file.name}) is not stored here: upload it, then finish"
-                raise errors.InvalidRequest(message, param="adapter", code="blob_missing")
-        now = self._clock()
-        model_id = f"ft:{job.base_model}:{job.suffix or 'tuned'}:{job.id.removeprefix('ftjob-')[:8]}"
-        resolved = result.hyperparameters.model_dump() if result.hyperparameters else job.hyperparameters
-        values = {
-            "status": "succeeded",
-            "finished_at": now,
-            "estimated_finish": None,
-            "result": result.model_dump(),
-            "hyperparameters": resolved,
-            "trained_tokens": result.trained_tokens,
-            "fine_tuned_model": model_id,
-            **_NO_LEASE,
-        }
-        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
-        row = {"id": model_id, "owner": job.owner, "base_model": job.base_model, "job_id": job.id, "created_at": now}
-        await db.execute(insert(models).values(**row, adapter=adapter.model_dump()))
-        await self._say(db, job.id, job.fence, f"The job has succeeded. New model: {model_id}")
-
-    async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> None:
-        values = {
-            "status": "failed",
-            "finished_at": self._clock(),
-            "estimated_finish": None,
-            "error": {"code": code, "message": message, "param": param},
-            **_NO_LEASE,
-        }
-        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
-        await self._say(db, job.id, job.fence, f"The job has failed: {message}", level="error")
-
-    async def _requeue(self, db: AsyncConnection, job: JobRow, why: str, code: str, *, counts: bool) -> None:
-        attempts = job.attempts + counts
-        await db.execute(update(jobs).where(jobs.c.id == job.id).values(attempts=attempts))
-        if attempts >= MAX_ATTEMPTS:
-            await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
-            return
-        values = {"status": "queued", "estimated_finish": None, **_NO_LEASE}
-        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
-        again = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts else ""
-        await self._say(db, job.id, job.fence, f"{why} The job waits for a gpu again.{again}", level="warn")
-
-    async def _leased(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:
-        row: JobRow | None = (await db.execute(_locked(self._live(by, job_id, fence)))).one_or_none()
-        if row is None:
-            raise errors.LeaseLost(f"the lease of job '{job_id}' with fence {fence} is not yours any more: stop")
-        return row
-
-    def _live(self, by: wire.SignedBy, job_id: str, fence: int) -> ColumnElement[bool]:
-        return and_(
-            jobs.c.id == job_id,
-            jobs.c.fence == fence,
-            jobs.c.gpu_id == by.gpu_id,
-            jobs.c.gpu_epoch == by.epoch,
-            jobs.c.status.in_(LEASED),
-            jobs.c.lease_until > self._clock(),
-        )
-
-    def _term(self) -> float:
-        return self._clock() + self._settings.lease_s
-
-    async def _say(self, db: AsyncConnection, job_id: str, fence: int, message: str, level: str = "info") -> None:
-        row = {"job_id": job_id, "fence": fence, "created_at": self._clock(), "level": level, "message": message}
-        await db.execute(insert(job_events).values(**row, type="message", data={}))
-
-
-_NO_LEASE: Mapping[str, None] = {"gpu_id": None, "gpu_epoch": None, "lease_until": None}
-
-
-def job_spec(job: JobRow) -> wire.JobSpec:
-    return wire.JobSpec(
-        job_id=job.id,
-        base_model=job.base_model,
-        layers=job.layers,
-        hyperparameters=job.hyperparameters,
-        seed=job.seed,
-        training_file=job.training_blob,
-        validation_file=job.validation_blob,
-    )
-
-
-def _locked(where: ColumnElement[bool]) -> Select[Any]:
-    """The row stays as it is until the transaction ends. SQLite has one writer anyway, and leaves this out."""
-    return select(jobs).where(where).with_for_update()
-
-
-def _estimated_finish(event: wire.JobEvent) -> float | None:
-    eta_s = event.data.get("eta_s") if event.type == "metrics" else None
-    return event.at + eta_s if isinstance(eta_s, int | float) and eta_s >= 0 else None
+async def say(db: AsyncConnection, at: float, job_id: str, fence: int, message: str, level: str = "info") -> None:
+    """An event of the relay's own."""
+    row = {"job_id": job_id, "fence": fence, "created_at": at, "level": level, "message": message}
+    await db.execute(insert(job_events).values(**row, type="message", data={}))
 
 
 def _ended(status: str) -> str:

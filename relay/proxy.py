@@ -90,7 +90,7 @@ class Proxy:
             chunks = answer.chunks()
             first = await anext(chunks, b"")
             if not first:
-                raise errors.GpuUnreachable(f"gpu '{to.name}' closed the connection without an answer. Try again.")
+                raise errors.GpuUnreachable(f"gpu {to.name!r} closed the connection without an answer. Try again.")
             if answer.is_stream:
                 return _Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
             # Whole before it starts, so that a gpu that dies halfway is a clean 503 and not half an object.

@@ -20,7 +20,7 @@ Clock = Callable[[], float]  # unix seconds
 
 class Store:
     def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(url)
+        self._engine = create_async_engine(url, hide_parameters=True)  # errors are logged, what is stored is not
         self._writer = self._engine.execution_options(relay_write=True)
         # SQLite lets writers in at random; within this process they queue up fairly.
         self._turn = asyncio.Lock() if make_url(url).get_backend_name() == "sqlite" else contextlib.nullcontext()

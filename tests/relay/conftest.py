@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,13 @@ from tests.relay.double_gpu import BASE, DoubleGpu
 ADMIN_KEY = "sk-fine-of-the-admin-in-tests"
 ENROL_TOKEN = "enrol-token-of-the-tests"
 CHAT_ROW = '{"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]}\n'
+
+
+async def until(true: Callable[[], Any], within_s: float = 5.0) -> None:
+    """Looks again and again; `true` may be a coroutine function."""
+    async with asyncio.timeout(within_s):
+        while not (await found if inspect.isawaitable(found := true()) else found):
+            await asyncio.sleep(0.01)
 
 
 class Clock:

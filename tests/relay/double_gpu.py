@@ -118,7 +118,7 @@ class DoubleGpu:
     async def until_reachable(self) -> None:
         """Held heartbeats answer late, so this asks with leases that are nobody's: their cancel comes at once."""
         async with asyncio.timeout(10):
-            while not (await self.beat(wire.HeldLease(job_id="nobody's", fence=1))).reachable:
+            while not (await self.beat(wire.HeldLease(job_id="nobody's", fence=1))).reachable:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
     async def next_grant(self, *leases: wire.HeldLease) -> wire.GrantLease:

@@ -7,7 +7,7 @@ import httpx2
 import openai
 import pytest
 
-from tests.relay.conftest import CHAT_ROW, Relay
+from tests.relay.conftest import CHAT_ROW, Relay, until
 
 
 async def test_a_file_comes_back_as_it_was_until_it_is_deleted(relay: Relay) -> None:
@@ -114,12 +114,9 @@ async def test_a_caller_who_leaves_in_mid_upload_leaves_nothing(relay: Relay) ->
     )
     writer.write(head.encode() + b"x" * 5000)
     await writer.drain()
-    while not relay.stored():
-        await asyncio.sleep(0.01)
+    await until(relay.stored)
     writer.close()
-    async with asyncio.timeout(2):
-        while relay.stored():
-            await asyncio.sleep(0.01)
+    await until(lambda: not relay.stored())
 
 
 async def test_a_name_can_not_point_elsewhere(relay: Relay) -> None:

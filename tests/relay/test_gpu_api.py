@@ -25,7 +25,7 @@ def code_of(response: httpx2.Response) -> Any:
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Basic enrol-token-of-the-tests", "Bearer", "Bearer 열쇠"])
 async def test_nobody_enrols_without_the_token(relay: Relay, header: str | None) -> None:
-    headers = {"authorization": header.encode()} if header else {}
+    headers = {b"authorization": header.encode()} if header else {}
     async with httpx2.AsyncClient(trust_env=False, verify=False) as http:
         response = await http.post(f"{relay.url}/gpu/enrol", content=b"not even JSON", headers=headers)
     assert code_of(response) == (401, "invalid_enrol_token")

@@ -1,6 +1,7 @@
 """A fine-tuning job's life, as its owner and its gpu see it."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -9,7 +10,7 @@ from aiohttp import web
 from openai.types.fine_tuning import FineTuningJob
 
 import wire
-from tests.relay.conftest import Relay
+from tests.relay.conftest import Clock, Relay, running_relay, until
 from tests.relay.double_gpu import BASE, DoubleGpu, failed, held, result_of
 
 
@@ -17,6 +18,10 @@ async def create(relay: Relay, **more: Any) -> FineTuningJob:
     file = await relay.upload()
     extra = more.pop("extra_body", {"layers": {"method": "lora", "layers": "last:2"}})
     return await relay.openai.fine_tuning.jobs.create(model=BASE, training_file=file, extra_body=extra, **more)
+
+
+async def is_over(relay: Relay, job: FineTuningJob) -> bool:
+    return (await status_of(relay, job)) not in ("queued", "running")
 
 
 async def status_of(relay: Relay, job: FineTuningJob) -> str:
@@ -126,6 +131,20 @@ async def test_a_job_that_asks_for_nonsense_is_refused_by_name(
     assert response.json()["error"]["param"] == param
     assert says in response.json()["error"]["message"]
     assert (await relay.openai.fine_tuning.jobs.list()).data == []
+
+
+async def test_hyperparameters_layers_and_a_validation_file_reach_the_gpu(relay: Relay, gpu: DoubleGpu) -> None:
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": "auto"}}}
+    layers = [{"layers": "0-1", "rank": 4}, {"method": "full", "parts": ["norm"]}]
+    job = await create(relay, method=method, validation_file=await relay.upload(), extra_body={"layers": layers})
+    assert job.validation_file
+    assert job.method
+    assert job.method.type == "supervised"
+    asked = (await gpu.next_grant()).job
+    assert asked.hyperparameters == wire.Hyperparameters(n_epochs=3)
+    assert asked.layers == [wire.LayerSpec(layers="0-1", rank=4), wire.LayerSpec(method="full", parts=["norm"])]
+    assert asked.validation_file
+    assert job.seed == asked.seed
 
 
 async def test_what_a_gpu_says_about_the_layers_is_said_at_creation(relay: Relay, gpu: DoubleGpu) -> None:
@@ -289,8 +308,7 @@ async def test_the_third_lost_attempt_fails_the_job_and_says_why(relay: Relay, g
     assert grant.fence == 3
     await gpu.report(grant)
     relay.clock.advance(relay.settings.lease_s + 0.1)
-    while (await status_of(relay, job)) != "failed":
-        await asyncio.sleep(0.05)
+    await until(lambda: is_over(relay, job))
     over = await relay.openai.fine_tuning.jobs.retrieve(job.id)
     assert over.error
     assert over.error.code == "gpu_lost"
@@ -315,6 +333,20 @@ async def test_a_gpu_that_enrols_again_keeps_the_lease_it_names(relay: Relay, gp
     assert gpu.by.epoch == epoch + 1
     assert (await gpu.beat(held(grant))).commands == []
     assert (await gpu.succeed(grant)).status_code == 200
+
+
+async def test_the_relays_own_absence_costs_nobody_a_lease(tmp_path: Path, clock: Clock) -> None:
+    async with running_relay(tmp_path / "data", clock) as relay, relay.gpu() as gpu:
+        job = await create(relay)
+        grant = await gpu.next_grant()
+        await gpu.report(grant)
+        reply = gpu.reply
+    clock.advance(3600)
+    async with running_relay(tmp_path / "data", clock) as relay, relay.gpu(enrol=False) as gpu:
+        gpu.reply = reply
+        assert (await gpu.beat(held(grant))).commands == []
+        assert (await gpu.succeed(grant)).status_code == 200
+        assert await status_of(relay, job) == "succeeded"
 
 
 async def test_a_job_keeps_the_file_that_its_owner_deletes(relay: Relay, gpu: DoubleGpu) -> None:

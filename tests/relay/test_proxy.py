@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from relay import errors
 from relay.proxy import whole_frames
-from tests.relay.conftest import Relay
+from tests.relay.conftest import Relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, cut, say_fine, start_stream
 
 ASK: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "How are you?"}]}
@@ -137,6 +137,17 @@ async def test_a_gpu_that_dies_before_the_first_byte_is_replaced_by_another(rela
         assert len(gpu.prompts) == len(other.prompts) == 1
 
 
+async def test_a_gpu_that_refuses_our_signature_is_passed_over(relay: Relay, gpu: DoubleGpu) -> None:
+    async with relay.gpu() as other:
+
+        async def refuse(request: web.Request, _: bytes) -> web.StreamResponse:
+            gpu.answer = other.answer = say_fine
+            return web.json_response({"error": {"message": "bad signature"}}, status=401)
+
+        gpu.answer = other.answer = refuse
+        assert (await chat(relay)).status_code == 200
+
+
 async def test_a_gpu_that_dies_halfway_through_a_whole_answer_is_a_clean_503(relay: Relay, gpu: DoubleGpu) -> None:
     async with relay.gpu() as other:
 
@@ -164,8 +175,7 @@ async def test_a_caller_who_leaves_while_waiting_stops_the_gpu_within_a_second(
 
     gpu.answer = think
     asking = asyncio.create_task(chat(relay, stream=stream))
-    while not gpu.prompts:
-        await asyncio.sleep(0.01)
+    await until(lambda: gpu.prompts)
     asking.cancel()
     await asyncio.wait_for(gpu.left.wait(), 1)
 
@@ -264,8 +274,7 @@ async def test_the_less_busy_gpu_is_asked(relay: Relay, gpu: DoubleGpu) -> None:
 
         gpu.answer = other.answer = wait
         asking = [asyncio.create_task(chat(relay)) for _ in range(4)]
-        while len(gpu.prompts) + len(other.prompts) < 4:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(gpu.prompts) + len(other.prompts) == 4)
         assert len(gpu.prompts) == len(other.prompts) == 2
         release.set()
         assert [r.status_code for r in await asyncio.gather(*asking)] == [200] * 4

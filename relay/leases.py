@@ -1,0 +1,297 @@
+"""Leases of jobs: who runs what, until when. What the dispatcher and the gpus do to a job, state by state (tables.py).
+
+Each write by a gpu says `fence = ? AND lease_until > now`; zero rows is LeaseLost. Only the relay's clock counts.
+Knows nothing of HTTP, of gpus beyond their ids, or of who wakes whom.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, and_, exists, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+import wire
+from relay import errors
+from relay.blobs import Blobs
+from relay.jobs import NO_LEASE, JobRow, say
+from relay.settings import Settings
+from relay.store import Clock, Store
+from relay.tables import LEASED, gpus, job_events, jobs, models, offers
+
+MAX_ATTEMPTS = 3  # leases that may end without a result before the job is given up
+MATCHES_SHOWN = 200  # pairs of job and gpu that one round of dispatching looks at
+MAX_ETA_S = 365 * 86400
+
+
+@dataclass(frozen=True)
+class Match:
+    """A waiting job, and a gpu that could take it."""
+
+    job_id: str
+    gpu_id: str
+    gpu_epoch: int
+
+
+class Leases:
+    def __init__(self, store: Store, blobs: Blobs, settings: Settings, clock: Clock) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._settings = settings
+        self._clock = clock
+
+    async def grace(self) -> None:
+        """At the start of the relay: its own absence must cost nobody a lease."""
+        async with self._store.write() as db:
+            await db.execute(update(jobs).where(jobs.c.status.in_(LEASED)).values(lease_until=self._term()))
+
+    # --- the dispatcher's side ---
+
+    async def matches(self) -> list[Match]:
+        """The job that waits longest first; for each its gpus: alive, idle, with the base model; a fresh one first."""
+        busy = exists().where(jobs.c.gpu_id == gpus.c.id).correlate(gpus)
+        waiting = jobs.alias("waiting")
+        query = (
+            select(waiting.c.id, gpus.c.id.label("gpu_id"), gpus.c.epoch)
+            .select_from(waiting)
+            .join(offers, offers.c.model_id == waiting.c.base_model)
+            .join(gpus, gpus.c.id == offers.c.gpu_id)
+            .where(waiting.c.status == "queued", gpus.c.last_seen_at >= self._clock() - self._settings.alive_s, ~busy)
+            .order_by(
+                waiting.c.created_at,
+                waiting.c.id,
+                waiting.c.last_gpu_id == gpus.c.id,
+                offers.c.loaded.desc(),
+                gpus.c.id,
+            )
+            .limit(MATCHES_SHOWN)
+        )
+        async with self._store.read() as db:
+            return [Match(r.id, r.gpu_id, r.epoch) for r in await db.execute(query)]
+
+    async def claim(self, match: Match) -> int | None:
+        """queued -> leased, raising the fence, which it returns. None if somebody was first."""
+        other = jobs.alias("other")
+        free = ~exists().where(other.c.gpu_id == match.gpu_id)
+        same = exists().where(gpus.c.id == match.gpu_id, gpus.c.epoch == match.gpu_epoch)
+        values = {
+            "status": "leased",
+            "fence": jobs.c.fence + 1,
+            "gpu_id": match.gpu_id,
+            "last_gpu_id": match.gpu_id,
+            "gpu_epoch": match.gpu_epoch,
+            "lease_until": self._term(),
+        }
+        async with self._store.write() as db:
+            claimed = update(jobs).where(jobs.c.id == match.job_id, jobs.c.status == "queued", free, same)
+            done = await db.execute(claimed.values(**values).returning(jobs.c.fence))
+            fence: int | None = done.scalar_one_or_none()
+            if fence is not None:
+                name = select(gpus.c.name).where(gpus.c.id == match.gpu_id)
+                await say(
+                    db, self._clock(), match.job_id, fence, f"Given to gpu '{(await db.execute(name)).scalar_one()}'."
+                )
+        return fence
+
+    async def expire(self) -> int:
+        """Leases that are over go back to the queue; how many."""
+        over = jobs.c.status.in_(LEASED) & (jobs.c.lease_until <= self._clock())
+        async with self._store.read() as db:  # nearly always there is none, and reading disturbs nobody
+            if (await db.execute(select(jobs.c.id).where(over).limit(1))).first() is None:
+                return 0
+        async with self._store.write() as db:
+            rows = (await db.execute(select(jobs).where(over))).all()
+            for job in rows:
+                await self._requeue(db, job, "The gpu has gone silent.", "gpu_lost", counts=True)
+        return len(rows)
+
+    # --- the gpu's side ---
+
+    async def adopt(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
+        """After an enrolment: leases that the gpu still holds move to its new epoch, the others are queued again."""
+        keeps = {(lease.job_id, lease.fence) for lease in held}
+        async with self._store.write() as db:
+            mine = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.status.in_(LEASED))
+            for job in (await db.execute(mine)).all():
+                if (job.id, job.fence) in keeps:
+                    values = {"gpu_epoch": by.epoch, "lease_until": self._term()}
+                    await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+                else:
+                    why = "The gpu was started anew."
+                    await self._requeue(db, job, why, "gpu_lost", counts=job.status != "leased")
+
+    async def renew(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
+        """Those of the leases that are still the gpu's."""
+        if not held:
+            return
+        mine = or_(*(self._live(by, lease.job_id, lease.fence) for lease in held))
+        async with self._store.write() as db:
+            await db.execute(update(jobs).where(mine).values(lease_until=self._term()))
+
+    async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> list[wire.Command]:
+        """What the gpu must do so that what it holds is what the database says. The same each time until it has."""
+        query = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.gpu_epoch == by.epoch, jobs.c.status.in_(LEASED))
+        async with self._store.read() as db:
+            mine = {(job.id, job.fence): job for job in await db.execute(query)}
+        reported = {(lease.job_id, lease.fence) for lease in held}
+        cancels = [wire.CancelLease(job_id=job_id, fence=fence) for job_id, fence in sorted(reported - mine.keys())]
+        grants = [
+            wire.GrantLease(fence=fence, job=job_spec(job))
+            for (job_id, fence), job in mine.items()
+            if (job_id, fence) not in reported
+        ]
+        return [*cancels, *grants]
+
+    async def record(self, by: wire.SignedBy, job_id: str, batch: wire.JobEvents) -> None:
+        """Each event once, however often it is sent; renews the lease. Raises LeaseLost."""
+        async with self._store.write() as db:
+            job = await self._leased(db, by, job_id, batch.fence)
+            seen = select(job_events.c.seq).where(
+                job_events.c.job_id == job_id, job_events.c.fence == batch.fence, job_events.c.seq.is_not(None)
+            )
+            wanted = [event.seq for event in batch.events]
+            known = set((await db.execute(seen.where(job_events.c.seq.in_(wanted)))).scalars())
+            fresh = {event.seq: event for event in batch.events if event.seq not in known}
+            rows = [
+                {"job_id": job_id, "fence": batch.fence, "seq": seq, "created_at": self._not_later(event.at)}
+                | event.model_dump(exclude={"at", "seq"})
+                for seq, event in sorted(fresh.items())
+            ]
+            if rows:
+                await db.execute(insert(job_events), rows)
+            values: dict[str, Any] = {"lease_until": self._term()}
+            if job.status == "leased":
+                values["status"] = "running"
+            for _, event in sorted(fresh.items()):
+                if (eta_s := _eta_s(event)) is not None:
+                    values["estimated_finish"] = self._not_later(event.at) + eta_s
+            await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+
+    async def check_lease(self, by: wire.SignedBy, job_id: str, fence: int) -> None:
+        """Raises LeaseLost."""
+        async with self._store.read() as db:
+            await self._leased(db, by, job_id, fence)
+
+    async def finalize(self, by: wire.SignedBy, job_id: str, fence: int) -> None:
+        """The gpu begins to hand in the result. Raises LeaseLost."""
+        async with self._store.write() as db:
+            await self._leased(db, by, job_id, fence)
+            values = {"status": "finalizing", "lease_until": self._term()}
+            await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+
+    async def finish(self, by: wire.SignedBy, job_id: str, result: wire.JobResult) -> JobRow:
+        """The job ends, and its model exists, in one transaction. The same result again is no conflict.
+
+        The blobs that the result names must be there. Raises LeaseLost, InvalidRequest.
+        """
+        if (result.adapter is None) == (result.error is None):
+            raise errors.InvalidRequest("give exactly one of 'adapter' and 'error'", param="adapter")
+        stored = result.model_dump()
+        async with self._store.write() as db:
+            job = (await db.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
+            if job is not None and job.fence == result.fence and job.last_gpu_id == by.gpu_id and job.result == stored:
+                return job
+            job = await self._leased(db, by, job_id, result.fence)
+            if result.adapter is not None:
+                await self._succeed(db, job, result, result.adapter)
+            elif result.error is not None and result.error.retry:
+                await self._requeue(db, job, result.error.message, result.error.code, counts=True)
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
+            elif result.error is not None:
+                await self._fail(db, job, result.error.message, result.error.code, result.error.param)
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
+            return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
+
+    async def _succeed(
+        self, db: AsyncConnection, job: JobRow, result: wire.JobResult, adapter: wire.AdapterManifest
+    ) -> None:
+        if adapter.base_model != job.base_model:
+            raise errors.InvalidRequest(f"adapter.base_model: the job is about '{job.base_model}'", param="adapter")
+        for file in adapter.files:
+            if self._blobs.size_bytes(file.sha256) != file.bytes:
+                message = f"adapter.files: blob {file.sha256} ({file.name}) is not stored here: upload it, then finish"
+                raise errors.InvalidRequest(message, param="adapter", code="blob_missing")
+        now = self._clock()
+        model_id = f"ft:{job.base_model}:{job.suffix or 'tuned'}:{job.id.removeprefix('ftjob-')[:8]}"
+        resolved = result.hyperparameters.model_dump() if result.hyperparameters else job.hyperparameters
+        values = {
+            "status": "succeeded",
+            "finished_at": now,
+            "estimated_finish": None,
+            "result": result.model_dump(),
+            "hyperparameters": resolved,
+            "trained_tokens": result.trained_tokens,
+            "fine_tuned_model": model_id,
+            **NO_LEASE,
+        }
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+        row = {"id": model_id, "owner": job.owner, "base_model": job.base_model, "job_id": job.id, "created_at": now}
+        await db.execute(insert(models).values(**row, adapter=adapter.model_dump()))
+        await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
+
+    async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> None:
+        values = {
+            "status": "failed",
+            "finished_at": self._clock(),
+            "estimated_finish": None,
+            "error": {"code": code, "message": message, "param": param},
+            **NO_LEASE,
+        }
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+        await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
+
+    async def _requeue(self, db: AsyncConnection, job: JobRow, why: str, code: str, *, counts: bool) -> None:
+        attempts = job.attempts + counts
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(attempts=attempts))
+        if attempts >= MAX_ATTEMPTS:
+            await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
+            return
+        values = {"status": "queued", "estimated_finish": None, **NO_LEASE}
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+        again = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts else ""
+        await say(db, self._clock(), job.id, job.fence, f"{why} The job waits for a gpu again.{again}", level="warn")
+
+    async def _leased(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:
+        row: JobRow | None = (await db.execute(_locked(self._live(by, job_id, fence)))).one_or_none()
+        if row is None:
+            raise errors.LeaseLost(f"the lease of job '{job_id}' with fence {fence} is not yours any more: stop")
+        return row
+
+    def _live(self, by: wire.SignedBy, job_id: str, fence: int) -> ColumnElement[bool]:
+        return and_(
+            jobs.c.id == job_id,
+            jobs.c.fence == fence,
+            jobs.c.gpu_id == by.gpu_id,
+            jobs.c.gpu_epoch == by.epoch,
+            jobs.c.status.in_(LEASED),
+            jobs.c.lease_until > self._clock(),
+        )
+
+    def _not_later(self, at: float) -> float:
+        """A gpu's clock may be wrong; the future is not for it to write about."""
+        return min(max(at, 0.0), self._clock())
+
+    def _term(self) -> float:
+        return self._clock() + self._settings.lease_s
+
+
+def job_spec(job: JobRow) -> wire.JobSpec:
+    return wire.JobSpec(
+        job_id=job.id,
+        base_model=job.base_model,
+        layers=job.layers,
+        hyperparameters=job.hyperparameters,
+        seed=job.seed,
+        training_file=job.training_blob,
+        validation_file=job.validation_blob,
+    )
+
+
+def _locked(where: ColumnElement[bool]) -> Select[Any]:
+    """The row stays as it is until the transaction ends. SQLite has one writer anyway, and leaves this out."""
+    return select(jobs).where(where).with_for_update()
+
+
+def _eta_s(event: wire.JobEvent) -> float | None:
+    eta_s = event.data.get("eta_s") if event.type == "metrics" else None
+    return float(eta_s) if isinstance(eta_s, int | float) and 0 <= eta_s <= MAX_ETA_S else None
