@@ -1,0 +1,142 @@
+import { Icon, type IconName } from '@/components/Icon';
+import { Brand } from '@/components/Brand';
+import { ErrorNote } from '@/components/ErrorNote';
+import { forgetConversation } from '@/features/generate/conversation';
+import { meQuery, signOut } from '@/features/session/queries';
+import { whenSignedOut } from '@/lib/api';
+import { LANGUAGES, setLanguage, type Language } from '@/lib/i18n';
+import { ActionIcon, Button, Menu, useMantineColorScheme, type MantineColorScheme } from '@mantine/core';
+import { useQuery, useQueryClient } from '@tanstack/react-query';
+import { useEffect } from 'react';
+import { useTranslation } from 'react-i18next';
+import { Navigate, NavLink, Outlet, ScrollRestoration, useLocation, useNavigate, useNavigation } from 'react-router';
+import css from './Shell.module.css';
+
+const SCREENS = [
+  { to: '/', icon: 'spark', words: 'app.generate' },
+  { to: '/training', icon: 'layers', words: 'app.training' },
+  { to: '/gpus', icon: 'chip', words: 'app.gpus' },
+  { to: '/keys', icon: 'key', words: 'app.keys' },
+] as const satisfies readonly { to: string; icon: IconName; words: string }[];
+
+/** Everything behind the sign-in: navigation, settings, and the screen that the address names. */
+export function Shell() {
+  const { t } = useTranslation();
+  const me = useQuery(meQuery);
+  const location = useLocation();
+  const navigate = useNavigate();
+  const queryClient = useQueryClient();
+  const loading = useNavigation().state === 'loading';
+
+  useEffect(() => {
+    whenSignedOut(() => {
+      queryClient.clear();
+      void navigate('/sign-in', { state: { from: window.location.pathname + window.location.search } });
+    });
+  }, [navigate, queryClient]);
+
+  if (me.data === null) {
+    return <Navigate to="/sign-in" replace state={{ from: location.pathname + location.search }} />;
+  }
+  return (
+    <div className={css.shell}>
+      <a className={css.skip} href="#content">
+        {t('app.skip')}
+      </a>
+      <header className={css.side}>
+        <NavLink to="/" className={css.brand}>
+          <Brand />
+        </NavLink>
+        <nav className={css.nav} aria-label={t('app.nav')}>
+          {SCREENS.map(({ to, icon, words }) => (
+            <NavLink key={to} to={to} end={to === '/'} className={css.link ?? ''}>
+              <Icon name={icon} />
+              <span>{t(words)}</span>
+            </NavLink>
+          ))}
+        </nav>
+        <div className={css.foot}>
+          <Settings name={me.data?.user.name} />
+        </div>
+      </header>
+      <main className={css.main} id="content" tabIndex={-1} aria-busy={loading}>
+        {me.isError ? <ErrorNote error={me.error} retry={() => void me.refetch()} /> : me.data ? <Outlet /> : null}
+      </main>
+      <ScrollRestoration />
+    </div>
+  );
+}
+
+const THEMES: readonly MantineColorScheme[] = ['auto', 'light', 'dark'];
+
+function Settings({ name }: { name: string | undefined }) {
+  const { t, i18n } = useTranslation();
+  const { colorScheme, setColorScheme } = useMantineColorScheme();
+  const queryClient = useQueryClient();
+  const navigate = useNavigate();
+  const leave = async () => {
+    await signOut();
+    forgetConversation();
+    queryClient.clear();
+    await navigate('/sign-in');
+  };
+  return (
+    <Menu position="top-start" width={230} shadow="md">
+      <Menu.Target>
+        <div>
+          <Button
+            className={css.account}
+            variant="subtle"
+            color="gray"
+            justify="flex-start"
+            fullWidth
+            leftSection={<Icon name="person" />}
+          >
+            {name ?? '…'}
+          </Button>
+          <ActionIcon
+            className={css.accountSmall}
+            variant="subtle"
+            color="gray"
+            size="lg"
+            aria-label={t('app.settings')}
+          >
+            <Icon name="person" />
+          </ActionIcon>
+        </div>
+      </Menu.Target>
+      <Menu.Dropdown>
+        {name ? <Menu.Label>{t('app.signedInAs', { name })}</Menu.Label> : null}
+        <Menu.Label>{t('app.language')}</Menu.Label>
+        {(Object.entries(LANGUAGES) as [Language, string][]).map(([code, label]) => (
+          <Menu.Item
+            key={code}
+            lang={code}
+            role="menuitemradio"
+            aria-checked={i18n.language === code}
+            rightSection={i18n.language === code ? <Icon name="check" size={16} /> : null}
+            onClick={() => void setLanguage(code)}
+          >
+            {label}
+          </Menu.Item>
+        ))}
+        <Menu.Label>{t('app.theme')}</Menu.Label>
+        {THEMES.map((each) => (
+          <Menu.Item
+            key={each}
+            role="menuitemradio"
+            aria-checked={colorScheme === each}
+            rightSection={colorScheme === each ? <Icon name="check" size={16} /> : null}
+            onClick={() => setColorScheme(each)}
+          >
+            {t(`app.theme_${each as 'auto' | 'light' | 'dark'}`)}
+          </Menu.Item>
+        ))}
+        <Menu.Divider />
+        <Menu.Item leftSection={<Icon name="leave" size={16} />} onClick={() => void leave()}>
+          {t('app.signOut')}
+        </Menu.Item>
+      </Menu.Dropdown>
+    </Menu>
+  );
+}

@@ -1,0 +1,32 @@
+import { GeneratePage } from '@/features/generate/GeneratePage';
+import { SignInPage } from '@/features/session/SignInPage';
+import { createBrowserRouter } from 'react-router';
+import { NotFound } from './NotFound';
+import { RouteError } from './RouteError';
+import { Shell } from './Shell';
+
+/** Deep links: everything that a person may want to come back to has an address. */
+export const router = createBrowserRouter([
+  { path: '/sign-in', element: <SignInPage />, errorElement: <RouteError /> },
+  {
+    element: <Shell />,
+    errorElement: <RouteError />,
+    children: [
+      { index: true, element: <GeneratePage /> },
+      {
+        path: 'training',
+        children: [
+          { index: true, lazy: async () => ({ Component: (await import('@/features/training/JobsPage')).JobsPage }) },
+          {
+            path: 'new',
+            lazy: async () => ({ Component: (await import('@/features/training/NewJobPage')).NewJobPage }),
+          },
+          { path: ':id', lazy: async () => ({ Component: (await import('@/features/training/JobPage')).JobPage }) },
+        ],
+      },
+      { path: 'gpus', lazy: async () => ({ Component: (await import('@/features/gpus/GpusPage')).GpusPage }) },
+      { path: 'keys', lazy: async () => ({ Component: (await import('@/features/keys/KeysPage')).KeysPage }) },
+      { path: '*', element: <NotFound /> },
+    ],
+  },
+]);

@@ -1,0 +1,73 @@
+import { createTheme, type CSSVariablesResolver, type MantineColorsTuple } from '@mantine/core';
+
+const fern: MantineColorsTuple = [
+  '#e8f6f3',
+  '#d2ebe5',
+  '#a4d6ca',
+  '#74c1ae',
+  '#4fc3ae',
+  '#2fa58f',
+  '#178672',
+  '#0b6e5f',
+  '#08594d',
+  '#05443b',
+];
+
+const slate: MantineColorsTuple = [
+  '#e7ecf2',
+  '#c8d1db',
+  '#9fabba',
+  '#76849a',
+  '#3c4857',
+  '#2b3542',
+  '#1d2530',
+  '#12171e',
+  '#0e1319',
+  '#0a0e13',
+];
+
+export const theme = createTheme({
+  primaryColor: 'fern',
+  primaryShade: { light: 7, dark: 4 },
+  autoContrast: true,
+  luminanceThreshold: 0.32,
+  colors: { fern, dark: slate },
+  defaultRadius: 'md',
+  cursorType: 'pointer',
+  fontFamily:
+    'system-ui, -apple-system, "Segoe UI", "Apple SD Gothic Neo", "Noto Sans KR", "Noto Sans CJK KR", "Malgun Gothic", sans-serif',
+  fontFamilyMonospace: 'ui-monospace, SFMono-Regular, Menlo, Consolas, "Noto Sans Mono", monospace',
+  headings: {
+    fontWeight: '650',
+    sizes: { h1: { fontSize: '1.5rem' }, h2: { fontSize: '1.125rem' }, h3: { fontSize: '1rem' } },
+  },
+});
+
+/** Mantine's dimmed greys are too pale to read on its own backgrounds (WCAG 1.4.3 wants 4.5:1). */
+export const cssVariables: CSSVariablesResolver = () => ({
+  variables: {},
+  light: {
+    '--mantine-color-body': '#fbfcfd',
+    '--mantine-color-text': '#1c2430',
+    '--mantine-color-dimmed': '#566171',
+    '--mantine-color-placeholder': '#667180',
+    '--mantine-color-error': '#c02b2b',
+    '--fine-line': '#dfe5eb',
+    '--fine-soft': '#f1f5f8',
+    '--fine-card': '#ffffff',
+    '--fine-accent': '#0b6e5f',
+    '--fine-accent-soft': '#e3f3ef',
+    '--fine-warm': '#a85a00',
+  },
+  dark: {
+    '--mantine-color-dimmed': '#9fabba',
+    '--mantine-color-placeholder': '#8b98a8',
+    '--mantine-color-error': '#ff8a8a',
+    '--fine-line': '#2b3542',
+    '--fine-soft': '#1a212b',
+    '--fine-card': '#171d26',
+    '--fine-accent': '#4fc3ae',
+    '--fine-accent-soft': '#15342f',
+    '--fine-warm': '#f0b35c',
+  },
+});

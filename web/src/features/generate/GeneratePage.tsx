@@ -1,0 +1,222 @@
+import { Empty } from '@/components/Empty';
+import { ErrorNote } from '@/components/ErrorNote';
+import { Icon } from '@/components/Icon';
+import { useTitle } from '@/components/Page';
+import type { Model } from '@/types/api';
+import { Button, Drawer, Skeleton, Text, Title, UnstyledButton } from '@mantine/core';
+import { useDisclosure, useMediaQuery } from '@mantine/hooks';
+import { useQuery } from '@tanstack/react-query';
+import { useEffect, useLayoutEffect, useRef, type RefObject } from 'react';
+import { useTranslation } from 'react-i18next';
+import { Link, useSearchParams } from 'react-router';
+import { Composer, type ComposerHandle } from './Composer';
+import {
+  ask,
+  forgetConversation,
+  isOver,
+  resume,
+  retry,
+  stop,
+  useConversation,
+  type Ask,
+  type Turn,
+} from './conversation';
+import { isNeutral } from './dials';
+import { Dials } from './Dials';
+import css from './GeneratePage.module.css';
+import { ModelPicker, shortName } from './ModelPicker';
+import { modelsQuery } from './queries';
+import { SamplingForm } from './SamplingForm';
+import { setSettings, useSettings, type Settings } from './settings';
+import { TurnView } from './TurnView';
+
+const EXAMPLES = ['generate.example1', 'generate.example2', 'generate.example3'] as const;
+
+export function GeneratePage() {
+  const { t } = useTranslation();
+  useTitle(t('generate.title'));
+  const models = useQuery(modelsQuery);
+  const settings = useSettings();
+  const turns = useConversation();
+  const [params, setParams] = useSearchParams();
+  const [opened, drawer] = useDisclosure(false);
+  const narrow = useMediaQuery('(max-width: 64em)');
+  const composer = useRef<ComposerHandle>(null);
+  useEffect(resume, []);
+
+  // ?model=… is how other screens say "chat with it".
+  const named = params.get('model');
+  useEffect(() => {
+    if (named) {
+      setSettings({ model: named });
+      setParams({}, { replace: true });
+    }
+  }, [named, setParams]);
+
+  const model = choose(models.data, settings.model);
+  const last = turns.at(-1);
+  const running = last !== undefined && !isOver(last.phase);
+  const how = model ? asked(model, settings) : null;
+
+  if (models.isError && !models.data) {
+    return (
+      <div className={css.alone}>
+        <ErrorNote error={models.error} retry={() => void models.refetch()} />
+      </div>
+    );
+  }
+  const panel = model ? (
+    <div className={css.panel}>
+      <ModelPicker models={models.data ?? []} model={model} onPick={(id) => setSettings({ model: id })} />
+      <Dials values={settings.dials} onChange={(dials) => setSettings({ dials })} />
+      <SamplingForm settings={settings} chat={how?.kind === 'chat'} />
+    </div>
+  ) : null;
+
+  return (
+    <div className={css.page}>
+      <h1 className={css.hidden}>{t('generate.title')}</h1>
+      <div className={css.talk}>
+        {narrow && model ? (
+          <div className={css.bar}>
+            <Button
+              variant="default"
+              size="sm"
+              className={css.pick}
+              onClick={drawer.open}
+              leftSection={<Icon name="dials" size={18} />}
+            >
+              <span className={css.pickName}>{shortName(model)}</span>
+              {isNeutral(settings.dials) ? null : <span className={css.dot} />}
+            </Button>
+            <NewChat turns={turns} />
+          </div>
+        ) : null}
+        <div className={css.scroll}>
+          {models.isPending ? (
+            <div className={css.column} role="status">
+              <Text c="dimmed">{t('app.loading', { what: t('generate.base') })}</Text>
+              <Skeleton height={70} mt="md" />
+            </div>
+          ) : !model && turns.length === 0 ? (
+            <Empty title={t('generate.noModels')} text={t('generate.noModelsText')}>
+              <Button component={Link} to="/gpus" leftSection={<Icon name="chip" />}>
+                {t('generate.connect')}
+              </Button>
+            </Empty>
+          ) : turns.length === 0 ? (
+            <Start composer={composer} />
+          ) : (
+            <Conversation turns={turns} onRetry={how ? () => retry(how) : undefined} />
+          )}
+        </div>
+        <div className={css.foot}>
+          <Composer
+            ref={composer}
+            running={running}
+            disabled={!how}
+            label={how?.kind === 'completion' ? t('generate.prompt') : t('generate.message')}
+            onSend={(text) => how && ask(text, how)}
+            onStop={stop}
+          />
+        </div>
+      </div>
+      {narrow ? (
+        <Drawer
+          opened={opened}
+          onClose={drawer.close}
+          position="right"
+          size="24rem"
+          title={t('generate.settings')}
+          closeButtonProps={{ 'aria-label': t('app.close') }}
+        >
+          {panel}
+        </Drawer>
+      ) : panel ? (
+        <aside className={css.aside} aria-label={t('generate.settings')}>
+          <NewChat turns={turns} />
+          {panel}
+        </aside>
+      ) : null}
+    </div>
+  );
+}
+
+function choose(models: readonly Model[] | undefined, wanted: string | null): Model | undefined {
+  const usable = models?.filter((model) => model.family !== 'sd') ?? [];
+  return usable.find((model) => model.id === wanted) ?? usable.find((model) => model.available) ?? usable[0];
+}
+
+function asked(model: Model, settings: Settings): Ask {
+  const { dials, sampling, system } = settings;
+  return { model: model.id, kind: model.family === 'gpt2' ? 'completion' : 'chat', dials, sampling, system };
+}
+
+function NewChat({ turns }: { turns: readonly Turn[] }) {
+  const { t } = useTranslation();
+  if (turns.length === 0) return null;
+  return (
+    <Button
+      variant="subtle"
+      size="sm"
+      className={css.new}
+      leftSection={<Icon name="plus" size={18} />}
+      onClick={forgetConversation}
+    >
+      {t('generate.newChat')}
+    </Button>
+  );
+}
+
+function Start({ composer }: { composer: RefObject<ComposerHandle | null> }) {
+  const { t } = useTranslation();
+  return (
+    <div className={css.start}>
+      <Title order={2} className={css.startTitle}>
+        {t('generate.startTitle')}
+      </Title>
+      <Text c="dimmed" ta="center" maw={440}>
+        {t('generate.startText')}
+      </Text>
+      <div className={css.examples}>
+        {EXAMPLES.map((key) => (
+          <UnstyledButton key={key} className={css.example} lang="en" onClick={() => composer.current?.write(t(key))}>
+            {t(key)}
+          </UnstyledButton>
+        ))}
+      </div>
+    </div>
+  );
+}
+
+/** Stays at the newest word, unless the reader has scrolled up. */
+function Conversation({ turns, onRetry }: { turns: readonly Turn[]; onRetry: (() => void) | undefined }) {
+  const { t } = useTranslation();
+  const box = useRef<HTMLDivElement>(null);
+  const follows = useRef(true);
+  useLayoutEffect(() => {
+    if (box.current && follows.current) box.current.scrollTop = box.current.scrollHeight;
+  }, [turns]);
+  useLayoutEffect(() => {
+    follows.current = true;
+  }, [turns.length]);
+  return (
+    <div
+      className={css.turns}
+      ref={box}
+      tabIndex={0}
+      role="log"
+      aria-label={t('generate.conversation')}
+      onScroll={(event) => {
+        const { scrollTop, scrollHeight, clientHeight } = event.currentTarget;
+        follows.current = scrollHeight - scrollTop - clientHeight < 60;
+      }}
+    >
+      <div className={css.column}>
+        {turns.map((turn, index) => (
+          <TurnView key={turn.id} turn={turn} onRetry={index === turns.length - 1 ? onRetry : undefined} />
+        ))}
+      </div>
+    </div>
+  );
+}

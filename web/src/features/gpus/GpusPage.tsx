@@ -1,0 +1,3 @@
+export function GpusPage() {
+  return null;
+}

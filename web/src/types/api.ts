@@ -1,0 +1,166 @@
+/** What the relay answers, as far as the page reads it. Fields that it does not name are let pass. */
+import { z } from 'zod';
+
+export const family = z.enum(['llama', 'gpt2', 'sd']);
+export type Family = z.infer<typeof family>;
+
+export const me = z.object({
+  user: z.object({ id: z.string(), name: z.string() }),
+  admin: z.boolean(),
+});
+export type Me = z.infer<typeof me>;
+
+export const model = z.object({
+  id: z.string(),
+  created: z.number(),
+  parent: z.string().nullable(),
+  family,
+  n_layers: z.number(),
+  context_tokens: z.number(),
+  available: z.boolean(),
+});
+export type Model = z.infer<typeof model>;
+
+export const list = <T extends z.ZodType>(item: T) => z.object({ data: z.array(item), has_more: z.boolean() });
+
+export const modelLayers = z.object({
+  n_layers: z.number(),
+  parts: z.record(z.string(), z.number()),
+});
+export type ModelLayers = z.infer<typeof modelLayers>;
+
+export const layerSpec = z.object({
+  method: z.enum(['full', 'lora', 'dora']),
+  parts: z.array(z.string()),
+  layers: z.string(),
+  match: z.string().nullish(),
+  rank: z.number().optional(),
+  alpha: z.number().nullish(),
+});
+export type LayerSpec = z.infer<typeof layerSpec>;
+
+export const preview = z.object({
+  summary: z.string(),
+  selected_tensors: z.number(),
+  total_tensors: z.number(),
+  trainable_parameters: z.number(),
+  total_parameters: z.number(),
+  memory_bytes: z.record(z.string(), z.number()),
+  batch: z.object({ rows: z.number(), tokens: z.number() }),
+  time_s: z.number().optional(), // where the gpu can tell
+  chat_pause_s: z.number().optional(),
+  notes: z.array(z.string()),
+  tensors: z.array(
+    z.object({
+      name: z.string(),
+      part: z.string(),
+      layer: z.number().nullable(),
+      method: z.string(),
+      shape: z.array(z.number()),
+      parameters: z.number(),
+    }),
+  ),
+});
+export type Preview = z.infer<typeof preview>;
+
+export const file = z.object({
+  id: z.string(),
+  filename: z.string(),
+  bytes: z.number(),
+  created_at: z.number(),
+  rows: z.number(),
+});
+export type DataFile = z.infer<typeof file>;
+
+const numberOrAuto = z.union([z.number(), z.literal('auto')]);
+export const hyperparameters = z.record(z.string(), numberOrAuto.nullable());
+
+export const jobStatus = z.enum(['queued', 'running', 'paused', 'succeeded', 'failed', 'cancelled']);
+export type JobStatus = z.infer<typeof jobStatus>;
+export const OPEN_STATUS: readonly JobStatus[] = ['queued', 'running', 'paused'];
+
+export const job = z.object({
+  id: z.string(),
+  created_at: z.number(),
+  finished_at: z.number().nullable(),
+  estimated_finish: z.number().nullable(),
+  model: z.string(),
+  fine_tuned_model: z.string().nullable(),
+  status: jobStatus,
+  hyperparameters,
+  training_file: z.string(),
+  trained_tokens: z.number().nullable(),
+  error: z.object({ message: z.string(), code: z.string().nullish() }).nullable(),
+  user_provided_suffix: z.string().nullable(),
+  layers: z.array(layerSpec),
+  gpu: z.string().nullable(),
+  attempts: z.number(),
+});
+export type Job = z.infer<typeof job>;
+
+export const jobEvent = z.object({
+  id: z.string(),
+  created_at: z.number(),
+  level: z.enum(['info', 'warn', 'error']),
+  type: z.string(),
+  message: z.string(),
+  data: z.record(z.string(), z.unknown()),
+});
+export type JobEvent = z.infer<typeof jobEvent>;
+
+export const gpu = z.object({
+  id: z.string(),
+  name: z.string(),
+  alive: z.boolean(),
+  reachable: z.boolean(),
+  tunnel: z.string(),
+  device: z.object({
+    kind: z.string(),
+    name: z.string(),
+    memory_bytes: z.number(),
+    precision: z.string(),
+    precision_why: z.string(),
+  }),
+  free_bytes: z.number(),
+  models: z.array(z.object({ id: z.string(), family, loaded: z.boolean() })),
+  active_requests: z.number(),
+  job: z.object({ id: z.string().nullable(), status: z.string() }).nullable(), // id: only of one's own
+  enrolled_at: z.number(),
+  last_seen_at: z.number(),
+  runtime_ends_at: z.number().nullable(),
+});
+export type Gpu = z.infer<typeof gpu>;
+
+export const enrolToken = z.object({ relay_url: z.string(), token: z.string() });
+
+export const apiKey = z.object({
+  id: z.string(),
+  name: z.string().nullable(),
+  user: z.string(),
+  prefix: z.string(),
+  created_at: z.number(),
+  last_used_at: z.number().nullable(),
+  current: z.boolean(), // the one that this session was opened with
+  fixed: z.boolean(), // the admin's, which the settings give
+});
+export type ApiKey = z.infer<typeof apiKey>;
+export const newKey = z.object({ id: z.string(), key: z.string() });
+
+/** One frame of /api/generations: of the relay while it looks for a gpu, then the gpu's own. */
+export const generationFrame = z.union([
+  z.object({ type: z.literal('started'), id: z.string() }),
+  z.object({ type: z.literal('waiting'), place: z.number(), reason: z.string() }),
+  z.object({ type: z.literal('reading'), gpu: z.string() }),
+  z.object({ error: z.object({ message: z.string(), code: z.string().nullish(), param: z.string().nullish() }) }),
+  z.object({
+    choices: z.array(
+      z.object({
+        delta: z.object({ content: z.string().nullish() }).optional(),
+        text: z.string().optional(),
+        finish_reason: z.string().nullish(),
+      }),
+    ),
+    usage: z.object({ prompt_tokens: z.number(), completion_tokens: z.number() }).nullish(),
+  }),
+]);
+export type GenerationFrame = z.infer<typeof generationFrame>;
