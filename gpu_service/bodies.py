@@ -171,7 +171,7 @@ class CompletionBody(GenerationBody):
 
 class PreviewBody(Body):
     model: str
-    layers: wire.LayerSpec | list[wire.LayerSpec]
+    layers: wire.LayerSpec | Annotated[list[wire.LayerSpec], Field(min_length=1, max_length=16)]
 
     @property
     def specs(self) -> list[wire.LayerSpec]:

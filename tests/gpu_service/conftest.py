@@ -1,6 +1,7 @@
 """A gpu service on a real port, in this event loop, so that a test can also look at its worker."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -59,31 +60,31 @@ class Gpu:
 async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings) -> AsyncIterator[Gpu]:
     models = Models((f"{TINY}={tiny_dir}",), cpu)
     worker = Worker(settings, cpu, models)
+    running: Gpu
 
     async def no_tuned(model: str) -> Tuned | None:
         return None
 
     with ThreadPoolExecutor(max_workers=1) as tokenizing:
-        gate = Gate(KEY, settings.max_body_bytes, lambda: gpu.identity)
+        gate = Gate(KEY, settings.max_body_bytes, lambda: running.identity)
         parts = Parts(
             gate=gate,
-            identity=lambda: gpu.identity,
+            identity=lambda: running.identity,
             device=cpu,
             models=models,
             worker=worker,
             tokenizing=tokenizing,
             tuned=no_tuned,
         )
-        server = uvicorn.Server(uvicorn.Config(create_app(parts), port=0, log_level="warning", lifespan="off"))
+        listener = socket.create_server(("127.0.0.1", 0))  # listening: early requests wait in its backlog
+        server = uvicorn.Server(uvicorn.Config(create_app(parts), log_level="warning", lifespan="off"))
         worker.start()
-        serving = asyncio.create_task(server._serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        url = "http://127.0.0.1:%d" % server.servers[0].sockets[0].getsockname()[1]
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         headers = {"authorization": f"Bearer {KEY}"}
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
-            gpu = Gpu(http, url, worker)
-            yield gpu
+            running = Gpu(http, url, worker)
+            yield running
         server.should_exit = True
         await serving
         worker.stop()
@@ -91,5 +92,5 @@ async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings) -> AsyncItera
 
 @pytest.fixture(scope="session")
 async def gpu(tiny_dir: Path, cpu: Device) -> AsyncIterator[Gpu]:
-    async with run_gpu(tiny_dir, cpu, Settings()) as gpu:
-        yield gpu
+    async with run_gpu(tiny_dir, cpu, Settings()) as running:
+        yield running

@@ -1,0 +1,270 @@
+"""The gpu's HTTP API on a real port: answers, streams, refusals, and callers who leave."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+import wire
+from gpu_service.gate import Identity
+from tests.conftest import TINY
+from tests.gpu_service.conftest import KEY, Gpu
+
+CHAT = {"model": TINY, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6, "temperature": 0}
+LONG = {"model": TINY, "prompt": "Once", "max_tokens": 500, "temperature": 1, "seed": 3}  # dies with its caller
+
+
+@pytest.fixture
+async def client(gpu: Gpu) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{gpu.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+async def error(response: httpx2.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]  # type: ignore[no-any-return]
+
+
+async def test_the_official_client_gets_the_same_text_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
+    messages: Any = CHAT["messages"]
+    whole = await client.chat.completions.create(model=TINY, messages=messages, max_tokens=6, temperature=0)
+    stream = await client.chat.completions.create(
+        model=TINY, messages=messages, max_tokens=6, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage
+    assert whole.usage.completion_tokens == 6
+
+
+async def test_completions_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
+    whole = await client.completions.create(model=TINY, prompt="Once", temperature=0, max_tokens=5)
+    stream = await client.completions.create(model=TINY, prompt="Once", temperature=0, max_tokens=5, stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == whole.choices[0].text
+
+
+async def test_many_callers_at_once_each_get_their_own_answer(gpu: Gpu) -> None:
+    prompts = ["Once", "The sea", "A green apple", "Seven"]
+    bodies = [{"model": TINY, "prompt": p, "max_tokens": 8, "temperature": 0} for p in prompts]
+
+    async def ask(body: dict[str, Any]) -> str:
+        return str((await gpu.http.post("/v1/completions", json=body)).json()["choices"][0]["text"])
+
+    alone = [await ask(body) for body in bodies]
+    assert await asyncio.gather(*(ask(body) for body in bodies)) == alone
+
+
+async def test_dials_act_on_one_request_only(gpu: Gpu) -> None:
+    async def answer(**extra: Any) -> str:
+        response = await gpu.http.post("/v1/chat/completions", json={**CHAT, **extra})
+        return str(response.json()["choices"][0]["message"]["content"])
+
+    plain = await answer()
+    turned, beside = await asyncio.gather(answer(dials={"attn": 0.2, "mlp": 2.0}), answer())
+    assert turned != plain
+    assert beside == plain == await answer(dials={"eps": 1.0, "bands": [{"layers": "0-1", "attn": 1.0}]})
+
+
+async def test_a_caller_of_a_stream_who_leaves_stops_the_row_within_a_step(gpu: Gpu) -> None:
+    async with gpu.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+        await anext(response.aiter_bytes())
+        assert gpu.worker.active_requests == 1
+    await nobody_is_served(gpu)
+
+
+async def test_a_caller_without_a_stream_who_leaves_stops_the_row_within_a_step(gpu: Gpu) -> None:
+    asking = asyncio.create_task(gpu.http.post("/v1/completions", json=LONG))
+    async with asyncio.timeout(10):
+        while gpu.worker.active_requests == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    asking.cancel()
+    await nobody_is_served(gpu)
+
+
+async def nobody_is_served(gpu: Gpu) -> None:
+    start = time.monotonic()
+    async with asyncio.timeout(10):
+        while gpu.worker.active_requests or len(gpu.worker._text):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert time.monotonic() - start < 2, "500 tokens would have taken longer"
+
+
+async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_after(gpu: Gpu) -> None:
+    gpu.worker._max_waiting = 1
+    try:
+        async with gpu.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+            await anext(response.aiter_bytes())
+            refused = await gpu.http.post("/v1/completions", json=LONG)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"]
+            assert (await error(refused))["code"] == "gpu_busy"
+    finally:
+        gpu.worker._max_waiting = 64
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({**CHAT, "messages": []}, "messages", "at least 1"),
+        ({**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
+        ({**CHAT, "messages": [{"role": "user", "content": "\ud83d"}]}, "messages", "surrogate"),
+        ({**CHAT, "temperature": 3}, "temperature", "2"),
+        ({**CHAT, "temperature": "hot"}, "temperature", "number"),
+        ({**CHAT, "top_p": 0}, "top_p", "greater"),
+        ({**CHAT, "stop": ["a", "b", "c", "d", "e"]}, None, "4"),
+        ({**CHAT, "n": 2}, "n", "not built yet"),
+        ({**CHAT, "logit_bias": {"5": 1}}, "logit_bias", "not built yet"),
+        ({**CHAT, "temprature": 1}, "temprature", "temprature"),
+        ({**CHAT, "dials": {"atn": 1}}, "dials", "atn"),
+        ({**CHAT, "dials": {"attn": -1}}, "dials", "attn"),
+        ({**CHAT, "dials": {"bands": [{"layers": "9", "attn": 2}]}}, "dials", "layers 0-3"),
+        ({**CHAT, "dials": "dreamy"}, "dials", "preset"),
+        ({"messages": CHAT["messages"]}, "model", "required"),
+    ],
+)
+async def test_a_bad_field_is_400_and_named(gpu: Gpu, body: dict[str, Any], param: str | None, says: str) -> None:
+    raw = json.dumps(body).encode()  # json.dumps keeps the half character as an escape
+    response = await gpu.http.post("/v1/chat/completions", content=raw)
+    found = await error(response)
+    assert response.status_code == 400
+    assert found["param"] == param
+    assert says in found["message"]
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+async def test_a_body_that_is_no_json_object_is_400(gpu: Gpu, raw: bytes) -> None:
+    response = await gpu.http.post("/v1/chat/completions", content=raw)
+    assert response.status_code == 400
+    assert (await error(response))["code"] == "invalid_json"
+
+
+async def test_what_clients_send_by_themselves_and_neutral_values_are_let_pass(gpu: Gpu) -> None:
+    extra = {"user": "u", "n": 1, "frequency_penalty": 0, "tools": None, "logprobs": False, "metadata": {}}
+    response = await gpu.http.post("/v1/chat/completions", json={**CHAT, **extra})
+    assert response.status_code == 200
+
+
+async def test_an_unknown_model_is_404_and_names_those_that_exist(gpu: Gpu) -> None:
+    response = await gpu.http.post("/v1/chat/completions", json={**CHAT, "model": "ft:x:y:z"})
+    assert response.status_code == 404
+    found = await error(response)
+    assert (found["code"], found["param"]) == ("model_not_found", "model")
+    assert TINY in found["message"]
+
+
+async def test_too_long_a_prompt_is_400_with_both_lengths(gpu: Gpu) -> None:
+    response = await gpu.http.post("/v1/completions", json={"model": TINY, "prompt": "word " * 600})
+    assert response.status_code == 400
+    found = await error(response)
+    assert found["code"] == "context_length_exceeded"
+    assert "512" in found["message"]
+    assert "601" in found["message"] or "600" in found["message"]
+
+
+async def test_a_prompt_that_fits_is_answered_up_to_the_end_of_the_context(gpu: Gpu) -> None:
+    response = await gpu.http.post("/v1/completions", json={"model": TINY, "prompt": "word " * 505, "max_tokens": 400})
+    assert response.json()["usage"]["total_tokens"] == 512
+
+
+async def test_too_large_a_body_is_413(gpu: Gpu) -> None:
+    response = await gpu.http.post("/v1/completions", content=b"x" * (8 * 2**20 + 1))
+    assert response.status_code == 413
+    assert (await error(response))["code"] == "body_too_large"
+
+
+async def test_layers_are_described_and_a_spec_is_previewed(gpu: Gpu) -> None:
+    described = (await gpu.http.get(f"/v1/models/{TINY}/layers")).json()
+    assert described["n_layers"] == 4
+    preview = (await gpu.http.post("/v1/layers/preview", json={"model": TINY, "layers": {"layers": "last:1"}})).json()
+    assert preview["selected_tensors"] == 7
+    assert preview["lowest_layer"] == 3
+    assert preview["memory_bytes"]["total"] > 0
+    assert "7 of 38 tensors" in preview["summary"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "says"),
+    [
+        ({"layers": "9"}, "no_such_layer", "layers 0-3"),
+        ({"parts": ["brain"]}, "no_such_layer", "attn"),
+        ({"method": "dora"}, "not_supported_yet", "dora"),
+        ({"quantize": "4bit"}, "not_supported_yet", "4bit"),
+        ({"method": "magic"}, "invalid_request", "method"),
+        ([], "invalid_request", "layers"),
+    ],
+)
+async def test_a_bad_layer_spec_is_400_and_says_what_exists(gpu: Gpu, spec: Any, code: str, says: str) -> None:
+    response = await gpu.http.post("/v1/layers/preview", json={"model": TINY, "layers": spec})
+    assert response.status_code == 400
+    found = await error(response)
+    assert (found["code"], found["param"]) == (code, "layers")
+    assert says in found["message"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}])
+@pytest.mark.parametrize("path", ["/v1/models", f"/v1/models/{TINY}/layers"])
+async def test_without_the_key_every_route_is_401(gpu: Gpu, headers: dict[str, str], path: str) -> None:
+    async with httpx2.AsyncClient(base_url=gpu.url) as stranger:
+        response = await stranger.get(path, headers=headers)
+        assert response.status_code == 401
+        assert (await error(response))["code"] == "invalid_api_key"
+        assert (await stranger.post("/v1/completions", json=LONG, headers=headers)).status_code == 401
+        assert (await stranger.get("/healthz")).json() == {"status": "ok"}
+
+
+async def test_an_unknown_path_is_404_in_the_same_shape(gpu: Gpu) -> None:
+    response = await gpu.http.get("/v1/nothing")
+    assert response.status_code == 404
+    assert (await error(response))["code"] == "not_found"
+
+
+class TestSignedRequests:
+    """As the relay sends them."""
+
+    BY = wire.SignedBy(gpu_id="gpu-1", epoch=2)
+
+    @pytest.fixture
+    async def stranger(self, gpu: Gpu) -> AsyncIterator[httpx2.AsyncClient]:
+        gpu.identity = Identity(self.BY, "the signing key", lambda: 1000.0)
+        async with httpx2.AsyncClient(base_url=gpu.url) as stranger:
+            yield stranger
+        gpu.identity = None
+
+    def headers(self, body: bytes, target: str = "/v1/completions", by: wire.SignedBy = BY) -> dict[str, str]:
+        return wire.sign("the signing key", by, "POST", target, wire.body_sha256(body), 1000.0)
+
+    BODY = json.dumps({"model": TINY, "prompt": "Once", "max_tokens": 2}).encode()
+
+    async def test_a_signed_request_is_answered_once(self, stranger: httpx2.AsyncClient) -> None:
+        headers = self.headers(self.BODY)
+        assert (await stranger.post("/v1/completions", content=self.BODY, headers=headers)).status_code == 200
+        replayed = await stranger.post("/v1/completions", content=self.BODY, headers=headers)
+        assert (replayed.status_code, (await error(replayed))["code"]) == (401, "bad_signature")
+
+    async def test_another_body_path_or_epoch_is_refused(self, stranger: httpx2.AsyncClient) -> None:
+        other = self.BODY.replace(b"Once", b"Twice")
+        earlier = wire.SignedBy(gpu_id="gpu-1", epoch=1)
+        for body, headers in [
+            (other, self.headers(self.BODY)),
+            (self.BODY, self.headers(self.BODY, "/v1/chat/completions")),
+            (self.BODY, self.headers(self.BODY, "/v1/completions?x=1")),
+            (self.BODY, self.headers(self.BODY, by=earlier)),
+        ]:
+            response = await stranger.post("/v1/completions", content=body, headers=headers)
+            assert (response.status_code, (await error(response))["code"]) == (401, "bad_signature")
+
+    async def test_the_challenge_is_answered_with_the_proof(self, stranger: httpx2.AsyncClient) -> None:
+        body = wire.Challenge(nonce="n" * 32).model_dump_json().encode()
+        response = await stranger.post("/challenge", content=body, headers=self.headers(body, "/challenge"))
+        proof = wire.ChallengeReply.model_validate_json(response.content).proof
+        assert proof == wire.challenge_proof("the signing key", "n" * 32, self.BY)

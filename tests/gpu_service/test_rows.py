@@ -1,0 +1,84 @@
+"""Dials and adapters inside the decoder."""
+
+import torch
+from torch import Tensor
+
+from gpu_service import bodies
+from gpu_service.artifacts import Lora
+from gpu_service.llama import Llama
+from gpu_service.models import Base
+from gpu_service.rows import Dials, Rows
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 99, 1234, 7, 42], [8, 1, 2, 3, 4]])
+
+
+def dials(base: Base, **settings: object) -> Dials | None:
+    return bodies.DialsBody.model_validate(settings).for_layers(base.source.tensors, base.source.n_layers)
+
+
+@torch.no_grad()
+def logits(base: Base, rows: Rows) -> Tensor:
+    decoder = Llama(base.source.config, CPU)
+    return decoder.head(decoder.layers(decoder.embed(IDS, rows), 0, base.source.n_layers, rows), rows)
+
+
+@torch.no_grad()
+def baked(base: Base, *, attn: float = 1.0, mlp: float = 1.0, layers: range) -> dict[str, Tensor]:
+    """Scaling what a block adds is scaling its output projection."""
+    scale = {f"model.layers.{i}.self_attn.o_proj.weight": attn for i in layers}
+    scale |= {f"model.layers.{i}.mlp.down_proj.weight": mlp for i in layers}
+    return {name: tensor * scale.get(name, 1.0) for name, tensor in base.weights.items()}
+
+
+def test_no_dials_and_neutral_dials_are_the_plain_path_bit_for_bit(tiny: Base) -> None:
+    plain = logits(tiny, Rows(tiny.weights))
+    assert dials(tiny) is None
+    neutral = Dials((1.0,) * 4, (1.0,) * 4, (1.0,) * 4, 1.0)
+    assert torch.equal(plain, logits(tiny, Rows(tiny.weights, dials=[neutral, neutral])))
+
+
+def test_gains_equal_weights_with_the_gain_baked_in(tiny: Base) -> None:
+    turned = dials(tiny, attn=1.2, mlp=0.7)
+    assert turned
+    expected = logits(tiny, Rows(baked(tiny, attn=1.2, mlp=0.7, layers=range(4))))
+    torch.testing.assert_close(logits(tiny, Rows(tiny.weights, dials=[turned, turned])), expected)
+
+
+def test_a_band_multiplies_in_its_layers_only(tiny: Base) -> None:
+    turned = dials(tiny, bands=[{"layers": "1-2", "attn": 0.5, "mlp": 1.5}])
+    assert turned
+    assert turned.attn == (1.0, 0.5, 0.5, 1.0)
+    expected = logits(tiny, Rows(baked(tiny, attn=0.5, mlp=1.5, layers=range(1, 3))))
+    torch.testing.assert_close(logits(tiny, Rows(tiny.weights, dials=[turned, turned])), expected)
+
+
+def test_eps_equals_a_model_with_that_epsilon(tiny: Base) -> None:
+    turned = dials(tiny, eps=10000.0)
+    assert turned
+    config = type(tiny.source.config)(**{**tiny.source.config.to_dict(), "rms_norm_eps": 1e-2})
+    decoder, rows = Llama(config, CPU), Rows(tiny.weights)
+    with torch.no_grad():
+        expected = decoder.head(decoder.layers(decoder.embed(IDS, rows), 0, 4, rows), rows)
+    torch.testing.assert_close(logits(tiny, Rows(tiny.weights, dials=[turned, turned])), expected)
+    assert not torch.allclose(expected, logits(tiny, Rows(tiny.weights)), atol=1e-3)
+
+
+def test_each_row_has_its_own_dials(tiny: Base) -> None:
+    turned, neutral = dials(tiny, mlp=0.2), Dials((1.0,) * 4, (1.0,) * 4, (1.0,) * 4, 1.0)
+    assert turned
+    mixed = logits(tiny, Rows(tiny.weights, dials=[turned, neutral]))
+    both = logits(tiny, Rows(tiny.weights, dials=[turned, turned]))
+    torch.testing.assert_close(mixed[0], both[0])
+    torch.testing.assert_close(mixed[1], logits(tiny, Rows(tiny.weights))[1])
+
+
+def test_lora_equals_weights_with_the_product_merged_and_full_replaces_a_tensor(tiny: Base) -> None:
+    random = torch.Generator().manual_seed(3)
+    q, down = "model.layers.2.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    lora = {q: Lora(torch.randn(4, 64, generator=random), torch.randn(64, 4, generator=random), 0.5)}
+    full = {down: torch.randn(64, 128, generator=random) * 0.1}
+    merged = {**tiny.weights, **full, q: tiny.weights[q] + 0.5 * lora[q].b @ lora[q].a}
+    torch.testing.assert_close(
+        logits(tiny, Rows(tiny.weights, full=full, lora=lora)), logits(tiny, Rows(merged)), atol=1e-4, rtol=1e-4
+    )
