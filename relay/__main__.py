@@ -17,6 +17,7 @@ import uvicorn
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
+import frames
 from relay import errors, settings, tables
 from relay.accounts import Accounts
 from relay.app import create_app, prepare
@@ -74,6 +75,10 @@ def serve(config: Settings) -> int:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEPALIVE_S,
+        ws_max_size=frames.MOST_BYTES,
+        ws_per_message_deflate=False,
+        ws_ping_interval=frames.PING_S,
+        ws_ping_timeout=frames.PONG_S,
         timeout_graceful_shutdown=STOP_S,
     )
     host, port = listener.getsockname()[:2]

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, WebSocket
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
@@ -13,6 +13,7 @@ import wire
 from relay import errors
 from relay.blobs import Blobs
 from relay.bodies import parse, parse_object, read_body
+from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
 from relay.gpus import Gpus
 from relay.leases import Leases
@@ -34,6 +35,12 @@ class GpuApi:
     dispatcher: Dispatcher
     settings: Settings
     clock: Clock
+    dialout: DialOut
+
+    async def dialled(self, websocket: WebSocket) -> wire.SignedBy:
+        """Raises BadSignature, UnknownGpu."""
+        by, _ = await self.gpus.verify("GET", websocket.scope["raw_path"].decode("ascii"), websocket.headers)
+        return by
 
     async def signed(self, request: Request) -> tuple[wire.SignedBy, str]:
         """Raises BadSignature, UnknownGpu."""
@@ -74,6 +81,32 @@ def router(api: GpuApi) -> APIRouter:
         return wire.HeartbeatReply(
             relay_time=api.clock(), reachable=api.gpus.reachable(by.gpu_id, by.epoch), commands=commands
         )
+
+    @routes.post("/goodbye")
+    async def goodbye(request: Request) -> JSONResponse:
+        by, message = await api.message(request, wire.Goodbye)
+        await api.gpus.goodbye(by)
+        handed_back = await api.leases.hand_back(by, message.reason)
+        api.dispatcher.wake()
+        return JSONResponse({"handed_back": handed_back})
+
+    @routes.websocket("/dial")
+    async def dial(websocket: WebSocket) -> None:
+        """The gpu's own way to be reached. Live requests go back through it once it has answered a challenge there."""
+        try:
+            by = await api.dialled(websocket)
+        except errors.RelayError as exc:
+            await websocket.send_denial_response(JSONResponse(exc.body(), exc.status))
+            return
+        await websocket.accept()
+        try:
+            async with api.dialout.joined(by, websocket) as socket:
+                api.gpus.unproven(by)
+                await api.gpus.prove(by.gpu_id)
+                await socket.receive()
+        finally:
+            if not api.dialout.has(by):
+                api.gpus.unproven(by)
 
     @routes.post("/jobs/{job_id}/events")
     async def events(job_id: str, request: Request) -> JSONResponse:

@@ -21,6 +21,7 @@ import wire
 from relay import api_gpu, api_openai, api_ui, errors
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.blobs import Blobs
+from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
 from relay.files import Files
 from relay.gpu_client import GpuClient
@@ -31,7 +32,7 @@ from relay.models import Models
 from relay.proxy import Proxy
 from relay.settings import Settings, secret
 from relay.store import Clock, Store
-from relay.transport import TunnelTransport
+from relay.transport import ByTunnel, TunnelTransport
 
 log = logging.getLogger("relay.app")
 
@@ -53,8 +54,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     stopping = asyncio.Event()
     store = Store(settings.database)
     blobs = Blobs(settings.data_dir / "blobs")
-    transport = TunnelTransport()
-    client = GpuClient(transport, clock)
+    transport, dialout = TunnelTransport(), DialOut()
+    client = GpuClient(ByTunnel(transport, dialout), clock)
     accounts = Accounts(store, clock)
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, clock)
@@ -90,7 +91,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             api_openai.OpenAIApi(accounts, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
         )
     )
-    app.include_router(api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock)))
+    app.include_router(api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock, dialout)))
     app.include_router(api_ui.router())
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)

@@ -70,7 +70,8 @@ class Gpus:
                 f"this relay speaks protocol {wire.PROTOCOL}, the gpu {request.protocol}: update the older of the two",
                 param="protocol",
             )
-        url = check_url(request.url, self._settings) if request.url else None
+        dialled = request.tunnel == wire.DIALLED
+        url = check_url(request.url, self._settings) if request.url and not dialled else None
         now, signing_key = self._clock(), secrets.token_hex(32)
         row = {
             "signing_key": signing_key,
@@ -132,6 +133,15 @@ class Gpus:
         if not self.reachable(by.gpu_id, by.epoch):
             await self.prove(by.gpu_id)
 
+    async def goodbye(self, by: wire.SignedBy) -> None:
+        """It is gone, and counts as silent from now on; a heartbeat would bring it back."""
+        long_ago = self._clock() - self._settings.alive_s - 1
+        current = (gpus.c.id == by.gpu_id) & (gpus.c.epoch == by.epoch)
+        async with self._store.write() as db:
+            await db.execute(update(gpus).where(current).values(last_seen_at=long_ago, active_requests=0))
+        self.unproven(by)
+        log.info("gpu %s said goodbye", by.gpu_id)
+
     async def _offer(self, db: AsyncConnection, gpu_id: str, models: list[wire.OfferedModel]) -> None:
         held = {r.model_id: r.loaded for r in await db.execute(select(offers).where(offers.c.gpu_id == gpu_id))}
         now_held = {m.id: m.loaded for m in models}
@@ -155,6 +165,12 @@ class Gpus:
         if self._proven.get(to.gpu_id) == to.epoch:
             del self._proven[to.gpu_id]
             log.warning("gpu %s %r can't be reached", to.gpu_id, to.name)
+            self._start_challenge(to)  # at once: one answer that broke off need not mean more than itself
+
+    def unproven(self, by: wire.SignedBy) -> None:
+        """Its way to us is new, or gone: nothing goes there before it has answered a challenge."""
+        if self._proven.get(by.gpu_id) == by.epoch:
+            del self._proven[by.gpu_id]
 
     async def prove(self, at_once: str | None = None) -> None:
         """Challenge, in the background, whoever is alive and has not proven its URL to this process lately.
@@ -210,10 +226,9 @@ class Gpus:
                 del self._in_flight[gpu_id]
 
     async def _alive(self, model: str | None = None) -> Sequence[Row[Any]]:
-        """Those with a URL and, where one is named, the model; then also whether they have it `loaded`."""
-        query = select(gpus).where(
-            gpus.c.url.is_not(None), gpus.c.last_seen_at >= self._clock() - self._settings.alive_s
-        )
+        """Those with a way to them and, where one is named, the model; then also whether they have it `loaded`."""
+        has_way = gpus.c.url.is_not(None) | (gpus.c.tunnel == wire.DIALLED)
+        query = select(gpus).where(has_way, gpus.c.last_seen_at >= self._clock() - self._settings.alive_s)
         if model is not None:
             query = query.join(offers, offers.c.gpu_id == gpus.c.id).where(offers.c.model_id == model)
             query = query.add_columns(offers.c.loaded)
@@ -222,7 +237,7 @@ class Gpus:
 
 
 def _endpoint(row: Row[Any]) -> Endpoint:
-    return Endpoint(row.id, row.epoch, row.name, row.url, row.signing_key)
+    return Endpoint(row.id, row.epoch, row.name, row.tunnel, row.url, row.signing_key)
 
 
 def check_url(url: str, settings: Settings) -> str:

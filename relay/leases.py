@@ -120,6 +120,15 @@ class Leases:
                     why = "The gpu was started anew."
                     await self._requeue(db, job, why, "gpu_lost", counts=job.status != "leased")
 
+    async def hand_back(self, by: wire.SignedBy, reason: str) -> int:
+        """The gpu stops: what it holds waits again at once, and that costs no attempt. How many."""
+        mine = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.gpu_epoch == by.epoch, jobs.c.status.in_(LEASED))
+        async with self._store.write() as db:
+            rows = (await db.execute(mine)).all()
+            for job in rows:
+                await self._requeue(db, job, f"The gpu handed the job back: {reason}.", "gpu_left", counts=False)
+        return len(rows)
+
     async def renew(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
         """Those of the leases that are still the gpu's."""
         if not held:

@@ -1,4 +1,4 @@
-"""How bytes get to a gpu and back: one interface. HTTP through a tunnel is the one way that there is now.
+"""How bytes get to a gpu and back: one interface. Here is HTTP through a tunnel; dialout.py has the other way.
 
 Knows nothing of signatures, models or what an answer means.
 """
@@ -9,6 +9,8 @@ from typing import Protocol
 
 import aiohttp
 from yarl import URL
+
+import wire
 
 CONNECT_TIMEOUT_S = 10.0
 KEEPALIVE_S = (
@@ -28,7 +30,8 @@ class Endpoint:
     gpu_id: str
     epoch: int
     name: str
-    url: str  # without a slash at the end
+    tunnel: str  # its kind: `relay` means that the gpu dialled in
+    url: str | None  # without a slash at the end; None: it has none of its own
     signing_key: str
 
 
@@ -95,6 +98,8 @@ class TunnelTransport:
     ) -> _HttpAnswer:
         """Returns once the answer's headers are here. Raises TransportFailed."""
         assert self._session, "open() comes first"
+        if to.url is None:
+            raise TransportFailed("it has no URL")
         try:
             response = await self._session.request(
                 method,
@@ -106,3 +111,15 @@ class TunnelTransport:
         except (aiohttp.ClientError, OSError) as exc:  # OSError: TimeoutError too
             raise TransportFailed(repr(exc)) from exc
         return _HttpAnswer(response)
+
+
+class ByTunnel:
+    """Each gpu by the way that its kind of tunnel asks for."""
+
+    def __init__(self, http: Transport, dialled: Transport) -> None:
+        self._http, self._dialled = http, dialled
+
+    async def request(self, to: Endpoint, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Raises TransportFailed."""
+        transport = self._dialled if to.tunnel == wire.DIALLED else self._http
+        return await transport.request(to, method, target, headers, body)

@@ -27,7 +27,7 @@ CHAT_ROW = '{"messages": [{"role": "user", "content": "How are you?"}, {"role": 
 async def until(true: Callable[[], Any], within_s: float = 5.0) -> None:
     """Looks again and again; `true` may be a coroutine function."""
     async with asyncio.timeout(within_s):
-        while not (await found if inspect.isawaitable(found := true()) else found):
+        while not (await found if inspect.isawaitable(found := true()) else found):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -56,9 +56,13 @@ class Relay:
         self.settings = settings
         self.clock = clock
         self.http = httpx2.AsyncClient(
-            base_url=url, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=20, trust_env=False, verify=False
+            base_url=url,
+            headers={"authorization": f"Bearer {settings.admin_key}"},
+            timeout=20,
+            trust_env=False,
+            verify=False,
         )
-        self.openai = self.client(ADMIN_KEY)
+        self.openai = self.client(str(settings.admin_key))
 
     def client(self, key: str) -> AsyncOpenAI:
         http = httpx2.AsyncClient(trust_env=False, verify=False)  # to plain HTTP; loading certificates takes long

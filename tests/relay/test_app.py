@@ -88,7 +88,7 @@ async def test_the_first_page_names_the_api_and_runs_no_script(relay: Relay) -> 
 async def test_a_new_admin_key_ends_the_old_one(tmp_path: Path, clock: Clock) -> None:
     for key in ("sk-fine-the-first-of-two", "sk-fine-the-second-of-two"):
         async with running_relay(tmp_path / "data", clock, admin_key=key) as relay:
-            assert [m async for m in relay.client(key).models.list()] == []
+            assert [m async for m in relay.openai.models.list()] == []
             old = "sk-fine-the-first-of-two" if "second" in key else "sk-fine-never"
             response = await relay.http.get("/v1/models", headers={"authorization": f"Bearer {old}"})
             assert response.status_code == 401
