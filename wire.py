@@ -23,6 +23,8 @@ Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 Auto = Literal["auto"]
 Family = Literal["llama", "gpt2", "sd"]
 
+DIALLED = "relay"  # the kind of tunnel of a gpu that opens a WebSocket to its relay: GET /gpu/dial, signed
+
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -201,6 +203,12 @@ class HeartbeatReply(Message):
     relay_time: float
     reachable: bool
     commands: list[Command]
+
+
+class Goodbye(Message):
+    """POST /gpu/goodbye: this gpu stops. Its leases are queued again at once, which costs them no attempt."""
+
+    reason: str = Field(max_length=200)
 
 
 # --- a job's life ----------------------------------------------------------------------------------------------------

@@ -45,9 +45,10 @@ class DialOut:
     kind = "relay"
 
     def __init__(self, relay_url: str, link: Enrolled, app: App) -> None:
+        """`relay_url` without a slash at its end."""
         parts = urlsplit(relay_url)
         scheme = {"http": "ws", "https": "wss"}[parts.scheme]
-        self._url = urlunsplit((scheme, parts.netloc, parts.path.rstrip("/") + TARGET, "", ""))
+        self._url = urlunsplit((scheme, parts.netloc, parts.path + TARGET, "", ""))
         self._link, self._app = link, app
         self._dialling: asyncio.Task[None] | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -86,7 +87,7 @@ class DialOut:
         while True:
             by = await self._link.wait_enrolled()
             began = asyncio.get_running_loop().time()
-            session = asyncio.create_task(self._session())
+            session = asyncio.create_task(self._session(self._link.signed("GET", TARGET)))
             moved = asyncio.create_task(self._link.superseded(by))  # then the socket of the old epoch is of no use
             try:
                 await asyncio.wait({session, moved}, return_when=asyncio.FIRST_COMPLETED)
@@ -103,12 +104,12 @@ class DialOut:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
             pause_s = min(2 * pause_s, most_s)
 
-    async def _session(self) -> None:
+    async def _session(self, signed: Mapping[str, str]) -> None:
         """One socket, from opening to its end, whatever that is."""
         try:
             async with _Connect(
                 self._url,
-                additional_headers=self._link.signed("GET", TARGET),
+                additional_headers=signed,
                 compression=None,  # tokens are short, and pictures are compressed already
                 max_size=frames.MOST_BYTES,
                 open_timeout=OPEN_S,
@@ -240,4 +241,3 @@ def scope_of(head: RequestHead) -> Scope:
         "server": None,
         "state": {},
     }
-

@@ -12,10 +12,10 @@ import os
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx2
@@ -32,6 +32,7 @@ from gpu_service.settings import Settings
 log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S = 30.0
+GOODBYE_S = 2.0
 RETRY_S = (0.5, 15.0)  # first and longest pause between tries
 LIVE_TRIES_S = 20.0  # how long a caller who waits for a tuned model is kept waiting for the relay
 
@@ -82,7 +83,12 @@ class Link:
         self._prefix = urlsplit(settings.relay_url).path  # of a relay behind a path: part of what is signed
         self._enrolment: Enrolment | None = None
         self._enrolled = asyncio.Event()
-        self._reachable: bool | None = None
+        self._url = settings.public_url
+        self._moved = asyncio.Event()
+        self._is_enrolling = False
+        self._changed = asyncio.Event()  # set, and replaced, by each enrolment
+        self.reachable: bool | None = None  # what the relay says; None: not heard yet
+        self.trouble = ""  # why the relay does not answer, while it does not
 
     def identity(self) -> Identity | None:
         e = self._enrolment
@@ -98,28 +104,56 @@ class Link:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     async def run(self, jobs: Jobs) -> None:
-        """Enrol, then heartbeat for ever. Ends only by being cancelled."""
+        """Enrol, then heartbeat for ever; enrol again when the URL moved. Ends only by being cancelled."""
         pauses = Pauses()
         while True:
             try:
-                if self._enrolment is None:
+                if self._enrolment is None or self._moved.is_set():
                     await self._enrol(jobs)
-                await self._heartbeat(jobs)
-                pauses = Pauses()
+                if await self._unless_moved(self._heartbeat(jobs)):
+                    pauses, self.trouble = Pauses(), ""
             except NotEnrolled:
                 log.info("the relay does not know this gpu any more: enrolling again")
                 self._forget()
             except (RelayUnavailable, Refused) as exc:
+                self.trouble = exc.message
                 pause = next(pauses)
                 log.warning("%s Trying again in %.0f s.", exc.message, pause)
                 await asyncio.sleep(pause)
+
+    def moved(self, url: str | None) -> None:
+        """The tunnel has a new URL, or none: the relay is told at once. Jobs go on, with the leases that they have."""
+        if url != self._url:
+            self._url = url
+            self._moved.set()
+
+    async def _unless_moved(self, heartbeat: Coroutine[Any, Any, None]) -> bool:
+        """Whether it was answered: the relay holds it back, and news of ours need not wait for that."""
+        beat, moved = asyncio.ensure_future(heartbeat), asyncio.ensure_future(self._moved.wait())
+        try:
+            await asyncio.wait({beat, moved}, return_when=asyncio.FIRST_COMPLETED)
+            if beat.done():
+                beat.result()
+            return beat.done()
+        finally:
+            for task in (beat, moved):
+                task.cancel()
+            await asyncio.gather(beat, moved, return_exceptions=True)
+
+    async def goodbye(self, reason: str) -> None:
+        """Leases go back at once. A relay that does not answer notices by itself, later."""
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._signed("POST", "/gpu/goodbye", wire.Goodbye(reason=reason))
+        except (TimeoutError, RelayUnavailable, NotEnrolled, LeaseLost):
+            log.info("could not say goodbye to the relay: it will miss this gpu after a while")
 
     async def _enrol(self, jobs: Jobs) -> None:
         request = wire.EnrolRequest(
             instance=self._instance,
             process=self._process,
             name=self._settings.name or self._device.name or "gpu",
-            url=self._settings.public_url,
+            url=self._url,
             tunnel=self._settings.tunnel,
             device=self._device.wire(),
             families=["llama"],
@@ -128,7 +162,12 @@ class Link:
         )
         bearer = {"authorization": f"Bearer {self._settings.enrol_token}", "content-type": "application/json"}
         asked = time.monotonic()
-        response = await self._exchange("POST", "/gpu/enrol", bearer, request.model_dump_json().encode())
+        self._moved.clear()
+        self._is_enrolling = True
+        try:
+            response = await self._exchange("POST", "/gpu/enrol", bearer, request.model_dump_json().encode())
+        finally:
+            self._is_enrolling = False
         if response.status_code != 200:
             raise Refused(f"The relay refused to enrol this gpu: {_message(response)}.")
         reply = _parse(wire.EnrolReply, response)
@@ -136,8 +175,10 @@ class Link:
         offset_s = reply.relay_time - (asked + time.monotonic()) / 2
         by = wire.SignedBy(gpu_id=reply.gpu_id, epoch=reply.epoch)
         self._enrolment = Enrolment(reply, by, offset_s)
-        self._reachable = None
+        self.reachable = None
         self._enrolled.set()
+        self._changed.set()
+        self._changed = asyncio.Event()
         log.info("enrolled with %s as %s, epoch %d", self._settings.relay_url, reply.gpu_id, reply.epoch)
 
     def _forget(self) -> None:
@@ -152,9 +193,10 @@ class Link:
             active_requests=self._active_requests(),
         )
         reply = _parse(wire.HeartbeatReply, _checked(await self._signed("POST", "/gpu/heartbeat", beat)))
-        if reply.reachable is not self._reachable and self._settings.public_url:
-            self._reachable = reply.reachable
-            log.info("the relay %s %s", "reaches" if reply.reachable else "can't reach", self._settings.public_url)
+        if reply.reachable is not self.reachable:
+            self.reachable = reply.reachable
+            way = "by its own WebSocket" if self._settings.tunnel == wire.DIALLED else f"at {self._url or 'no URL'}"
+            log.info("the relay %s this gpu %s", "reaches" if reply.reachable else "can't reach", way)
         for command in reply.commands:
             if isinstance(command, wire.GrantLease):
                 jobs.start(command)
@@ -205,6 +247,7 @@ class Link:
         self, method: str, target: str, content: wire.Message | tuple[Path, str] | None = None
     ) -> httpx2.Response:
         """`content` may be a file and its SHA-256. Raises NotEnrolled, LeaseLost, RelayUnavailable."""
+        enrolment = self._enrolment
         if isinstance(content, tuple):
             path, sha256 = content
             size = await asyncio.to_thread(os.path.getsize, path)
@@ -219,6 +262,8 @@ class Link:
         if response.status_code == 401:
             raise NotEnrolled
         if response.status_code == 409:
+            if self._is_enrolling or self._enrolment is not enrolment:
+                raise NotEnrolled  # the lease has moved to our new epoch meanwhile: say it again
             raise LeaseLost(_message(response))
         return response
 
@@ -242,8 +287,19 @@ class Link:
     def _away(self, exc: Exception) -> RelayUnavailable:
         return RelayUnavailable(f"The relay at {self._settings.relay_url} does not answer ({type(exc).__name__}).")
 
-    async def wait_enrolled(self) -> None:
-        await self._enrolled.wait()
+    def signed(self, method: str, target: str) -> dict[str, str]:
+        """Headers for a request without a body. Raises NotEnrolled."""
+        return self._sign(method, target, wire.EMPTY_SHA256)
+
+    async def wait_enrolled(self) -> wire.SignedBy:
+        while self._enrolment is None:
+            await self._enrolled.wait()
+        return self._enrolment.by
+
+    async def superseded(self, by: wire.SignedBy) -> None:
+        """Wait until another enrolment stands."""
+        while self._enrolment is None or self._enrolment.by == by:
+            await self._changed.wait()
 
 
 @contextlib.asynccontextmanager

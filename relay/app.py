@@ -91,7 +91,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             api_openai.OpenAIApi(accounts, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
         )
     )
-    app.include_router(api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock, dialout)))
+    app.include_router(
+        api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock, dialout))
+    )
     app.include_router(api_ui.router())
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
