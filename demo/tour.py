@@ -11,12 +11,14 @@ import httpx2
 
 from demo.screen import Screen
 
-QUESTION = "How do I get rid of hiccups?"  # not in the data
+QUESTION = "How do volcanoes erupt?"  # not in the data
 SUFFIX = "captain"
 DATA = Path(__file__).with_name("captain.jsonl")
 LAYERS = {"method": "lora", "parts": ["attn", "mlp"], "layers": "last:8", "rank": 16}
-HYPERPARAMETERS = {"n_epochs": 4, "batch_size": 8, "learning_rate": 1e-3}
+HYPERPARAMETERS = {"n_epochs": 3, "batch_size": 8, "learning_rate": 1e-3}
 ANSWER_TOKENS = 80
+CHAT = "/v1/chat/completions"
+NOT_YET = (404, 503)  # the gpu has not told the relay of its model; the relay can't reach the gpu
 READY_S = 180.0
 POLL_S = 0.5
 OVER = ("succeeded", "failed", "cancelled")
@@ -54,38 +56,42 @@ class Tour:
         return tuned
 
     def wait_until_served(self) -> None:
+        """Asks for one token until it comes: a list of models may still speak of a gpu that has just gone."""
         deadline = time.monotonic() + READY_S
-        while not any(model["id"] == self.base_model for model in self._get("/v1/models")["data"]):
+        while True:
+            with self._translated():
+                response = self.client.post(CHAT, json=_question(self.base_model, max_tokens=1))
+            if response.status_code not in NOT_YET:
+                _body(response)
+                return
             if time.monotonic() > deadline:
-                raise TourFailed(f"no gpu offered {self.base_model} within {READY_S:.0f} s")
+                raise TourFailed(f"after {READY_S:.0f} s there is still no answer: {_body(response)}")
             self._pause()
 
     def _answer(self, model: str, name: str) -> str:
         self.screen.waiting(self.screen.pick(f"  Asking {name} ...", f"  {name}에게 묻는 중 ..."))
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": QUESTION}],
-            "temperature": 0,
-            "max_tokens": ANSWER_TOKENS,
-        }
-        reply = self._post("/v1/chat/completions", json=body)
+        reply = self._post(CHAT, json=_question(model, max_tokens=ANSWER_TOKENS))
         self.screen.wipe()
         choice = reply["choices"][0]
         text = str(choice["message"]["content"]).strip()
         return text + (" ..." if choice["finish_reason"] == "length" else "")
 
-    def _jobs(self) -> Iterator[dict[str, Any]]:
+    def _models(self) -> list[dict[str, Any]]:
+        return list(self._get("/v1/models")["data"])
+
+    def _jobs(self) -> list[dict[str, Any]]:
         """The tour's own jobs, newest first."""
-        for job in self._get("/v1/fine_tuning/jobs?limit=100")["data"]:
-            if job["model"] == self.base_model and f":{SUFFIX}:" in f"{job.get('fine_tuned_model')}:{SUFFIX}:":
-                yield job
+        jobs = self._get("/v1/fine_tuning/jobs?limit=100")["data"]
+        return [job for job in jobs if (job["model"], job["user_provided_suffix"]) == (self.base_model, SUFFIX)]
 
     def _tuned(self) -> str | None:
-        return next((str(job["fine_tuned_model"]) for job in self._jobs() if job["status"] == "succeeded"), None)
+        """What an earlier run made, if nobody has deleted it."""
+        there = {model["id"] for model in self._models()}
+        return next((job["fine_tuned_model"] for job in self._jobs() if job["fine_tuned_model"] in there), None)
 
     def _active(self) -> str | None:
         """A job that an earlier run left behind goes on by itself."""
-        return next((str(job["id"]) for job in self._jobs() if job["status"] not in OVER), None)
+        return next((job["id"] for job in self._jobs() if job["status"] not in OVER), None)
 
     def _create(self) -> str:
         with DATA.open("rb") as rows:
@@ -111,6 +117,7 @@ class Tour:
     def _follow(self, job_id: str) -> str:
         """Draws the job's progress until it is over. Returns the tuned model's id. Raises TourFailed."""
         started, seen = time.monotonic(), set[str]()
+        self.screen.waiting(self.screen.pick("  Waiting for the gpu ...", "  GPU를 기다리는 중 ..."))
         while True:
             job = self._get(f"/v1/fine_tuning/jobs/{job_id}")
             events = self._get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=100")["data"]
@@ -155,6 +162,11 @@ class Tour:
         except httpx2.HTTPError as exc:
             self.check()
             raise TourFailed(f"the relay did not answer: {exc or type(exc).__name__}") from exc
+
+
+def _question(model: str, *, max_tokens: int) -> dict[str, Any]:
+    messages = [{"role": "user", "content": QUESTION}]
+    return {"model": model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
 
 
 def _body(response: httpx2.Response) -> dict[str, Any]:
