@@ -129,7 +129,7 @@ function Settings({ name }: { name: string | undefined }) {
             rightSection={colorScheme === each ? <Icon name="check" size={16} /> : null}
             onClick={() => setColorScheme(each)}
           >
-            {t(`app.theme_${each as 'auto' | 'light' | 'dark'}`)}
+            {t(`app.theme_${each}`)}
           </Menu.Item>
         ))}
         <Menu.Divider />

@@ -1,0 +1,53 @@
+import type { JobEvent } from '@/types/api';
+import { expect, it } from 'vitest';
+import { merge, progressOf, smooth } from './progress';
+
+let n = 0;
+const event = (type: string, data: Record<string, unknown>): JobEvent => ({
+  id: `ftevent-${++n}`,
+  created_at: n,
+  level: 'info',
+  type,
+  message: '',
+  data,
+});
+const step = (at: number, loss: number) =>
+  event('metrics', { step: at, total_steps: 9, train_loss: loss, eta_s: 10 - at });
+
+it('gathers losses, steps and the time left', () => {
+  const progress = progressOf([
+    event('message', { total_steps: 9 }),
+    step(1, 3),
+    step(2, 2.5),
+    event('metrics', { step: 2, full_valid_loss: 2.7 }),
+  ]);
+  expect(progress).toMatchObject({
+    train: [
+      { step: 1, loss: 3 },
+      { step: 2, loss: 2.5 },
+    ],
+    valid: [{ step: 2, loss: 2.7 }],
+    step: 2,
+    totalSteps: 9,
+  });
+});
+
+it('draws the curve of a job that began anew once', () => {
+  const { train } = progressOf([step(1, 3), step(2, 2.5), step(3, 2.2), step(1, 3), step(2, 2.4)]);
+  expect(train.map((point) => point.step)).toEqual([1, 2]);
+});
+
+it('leaves out what is no number', () => {
+  expect(progressOf([event('metrics', { step: 1, train_loss: 'NaN' })]).train).toEqual([]);
+});
+
+it('smooths from the first point on', () => {
+  expect(smooth([{ step: 1, loss: 4 }])).toEqual([{ step: 1, loss: 4 }]);
+  const flat = smooth([1, 2, 3].map((at) => ({ step: at, loss: 2 })));
+  expect(flat.every((point) => Math.abs(point.loss - 2) < 1e-12)).toBe(true);
+});
+
+it('takes an event that was said twice once', () => {
+  const events = [step(1, 1)];
+  expect(merge(events, [...events, step(2, 1)])).toHaveLength(2);
+});

@@ -1,0 +1,59 @@
+import { api } from '@/lib/api';
+import { file, job, list, modelLayers, preview, type Job, type LayerSpec } from '@/types/api';
+import { infiniteQueryOptions, queryOptions } from '@tanstack/react-query';
+
+export const JOBS_A_PAGE = 20;
+
+export const jobsQuery = infiniteQueryOptions({
+  queryKey: ['jobs'],
+  queryFn: ({ pageParam, signal }) =>
+    api.get(`/v1/fine_tuning/jobs?limit=${JOBS_A_PAGE}${pageParam ? `&after=${pageParam}` : ''}`, list(job), signal),
+  initialPageParam: '',
+  getNextPageParam: (page) => (page.has_more ? page.data.at(-1)?.id : undefined),
+  refetchInterval: 4_000,
+});
+
+export const jobQuery = (id: string) =>
+  queryOptions({ queryKey: ['jobs', id], queryFn: ({ signal }) => api.get(`/v1/fine_tuning/jobs/${id}`, job, signal) });
+
+export const filesQuery = queryOptions({
+  queryKey: ['files'],
+  queryFn: async ({ signal }) => (await api.get('/v1/files?limit=100', list(file), signal)).data,
+});
+
+export const fileQuery = (id: string) =>
+  queryOptions({
+    queryKey: ['files', id],
+    queryFn: ({ signal }) => api.get(`/v1/files/${id}`, file, signal),
+    retry: false,
+  });
+
+const path = (model: string) => model.split('/').map(encodeURIComponent).join('/');
+
+export const layersQuery = (model: string) =>
+  queryOptions({
+    queryKey: ['layers', model],
+    queryFn: ({ signal }) => api.get(`/v1/models/${path(model)}/layers`, modelLayers, signal),
+    staleTime: Infinity, // a model's layers do not change
+  });
+
+/** What a choice of layers costs. Asked anew with every change, so the key is the choice. */
+export const previewQuery = (model: string, spec: LayerSpec) =>
+  queryOptions({
+    queryKey: ['preview', model, spec],
+    queryFn: ({ signal }) => api.post('/v1/layers/preview', { model, layers: spec }, preview, signal),
+    retry: false,
+    staleTime: 60_000,
+  });
+
+export interface NewJob {
+  model: string;
+  training_file: string;
+  suffix?: string;
+  layers: LayerSpec;
+  method: { type: 'supervised'; supervised: { hyperparameters: Record<string, number | 'auto'> } };
+}
+
+export const createJob = (asked: NewJob): Promise<Job> => api.post('/v1/fine_tuning/jobs', asked, job);
+export const cancelJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/cancel`, {}, job);
+export const deleteFile = (id: string): Promise<void> => api.delete(`/v1/files/${id}`);
