@@ -280,7 +280,7 @@ class Worker:
             return self._adapters[wanted.id]
         adapter = artifacts.load(wanted.files, base.source.tensors)
         if adapter.meta.base_revision != base.source.revision:
-            # The same weights have another revision as a folder than from the hub, so this alone is no reason to refuse.
+            # The same weights have one revision as a folder and another from the hub: no reason to refuse.
             log.warning("%s has another revision here than the one that this adapter was trained on", base.source.id)
         adapter = adapter.to(self._device.torch, self._device.precision.dtype)
         self._adapters[wanted.id] = adapter
