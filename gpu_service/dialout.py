@@ -42,7 +42,7 @@ class Enrolled(Protocol):
 class DialOut:
     """`relay` among the tunnels: it has no URL of its own."""
 
-    kind = "relay"
+    kind = wire.DIALLED
 
     def __init__(self, relay_url: str, link: Enrolled, app: App) -> None:
         """`relay_url` without a slash at its end."""
@@ -196,6 +196,8 @@ class _Exchange:
                 return {"type": "http.disconnect"}
             self._body_is_read = not body
             return {"type": "http.request", "body": body, "more_body": bool(body)}
+        if self._stream.is_over or self.is_complete:
+            return {"type": "http.disconnect"}  # without a pause: some only glance, and would be gone before it
         left, done = asyncio.ensure_future(self._stream.failed()), asyncio.ensure_future(self._done.wait())
         try:
             await asyncio.wait({left, done}, return_when=asyncio.FIRST_COMPLETED)
@@ -206,7 +208,7 @@ class _Exchange:
 
     async def send(self, message: Mapping[str, Any]) -> None:
         """To a caller who has left, it does nothing: `receive` says so."""
-        with suppress(StreamOver):
+        try:
             if message["type"] == "http.response.start":
                 headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
                 await self._stream.start(Kind.HEAD, AnswerHead(status=message["status"], headers=headers))
@@ -215,6 +217,8 @@ class _Exchange:
                 if not message.get("more_body", False):
                     self._done.set()
                     await self._stream.end()
+        except StreamOver:
+            await asyncio.sleep(0)  # an application that never waits would never hear of it
 
 
 class _Connect(connect):
