@@ -104,32 +104,30 @@ async def test_training_on_a_tuned_model_is_refused_with_its_base_named(relay: R
     assert caught.value.param == "model"
 
 
-@pytest.mark.parametrize(
-    ("change", "param", "says"),
-    [
-        ({"model": "nope"}, "model", BASE),
-        ({"training_file": "file-nope"}, "training_file", "no file"),
-        ({"validation_file": "file-nope"}, "validation_file", "no file"),
-        ({"n_epochs": 3}, "n_epochs", "Extra inputs"),
-        ({"layers": {"method": "loar"}}, "layers", "method"),
-        ({"layers": {"layers": "top:3"}}, "layers", "'top:3' is no layer range"),
-        ({"layers": []}, "layers", "at least 1"),
-        ({"suffix": "a b"}, "suffix", "letters"),
-        ({"suffix": "x" * 65}, "suffix", "64"),
-        ({"seed": -1}, "seed", "0"),
-        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters", "n_epochs"),
-        ({"method": {"type": "dpo"}}, "method", "supervised"),
-        ({"metadata": {"a": "b"}}, "metadata", "None"),
-    ],
-)
-async def test_a_job_that_asks_for_nonsense_is_refused_by_name(
-    relay: Relay, gpu: DoubleGpu, change: dict[str, Any], param: str, says: str
-) -> None:
-    body = {"model": BASE, "training_file": await relay.upload(), **change}
-    response = await relay.http.post("/v1/fine_tuning/jobs", json=body)
-    assert response.status_code in (400, 404)
-    assert response.json()["error"]["param"] == param
-    assert says in response.json()["error"]["message"]
+NONSENSE: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": "nope"}, "model", BASE),
+    ({"training_file": "file-nope"}, "training_file", "no file"),
+    ({"validation_file": "file-nope"}, "validation_file", "no file"),
+    ({"n_epochs": 3}, "n_epochs", "Extra inputs"),
+    ({"layers": {"method": "loar"}}, "layers", "method"),
+    ({"layers": {"layers": "top:3"}}, "layers", "'top:3' is no layer range"),
+    ({"layers": []}, "layers", "at least 1"),
+    ({"suffix": "a b"}, "suffix", "letters"),
+    ({"suffix": "x" * 65}, "suffix", "64"),
+    ({"seed": -1}, "seed", "0"),
+    ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters", "n_epochs"),
+    ({"method": {"type": "dpo"}}, "method", "supervised"),
+    ({"metadata": {"a": "b"}}, "metadata", "None"),
+]
+
+
+async def test_a_job_that_asks_for_nonsense_is_refused_by_name(relay: Relay, gpu: DoubleGpu) -> None:
+    file = await relay.upload()
+    for change, param, says in NONSENSE:
+        response = await relay.http.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file, **change})
+        assert response.status_code in (400, 404), change
+        assert response.json()["error"]["param"] == param
+        assert says in response.json()["error"]["message"]
     assert (await relay.openai.fine_tuning.jobs.list()).data == []
 
 

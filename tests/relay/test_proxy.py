@@ -193,30 +193,31 @@ async def test_a_caller_who_leaves_a_stream_stops_the_gpu_within_a_second(relay:
     await asyncio.wait_for(gpu.left.wait(), 1)
 
 
-@pytest.mark.parametrize(
-    ("status", "headers", "page", "means"),
-    [
-        (404, {"ngrok-error-code": "ERR_NGROK_3200"}, "<html>offline</html>", "offline"),
-        (502, {}, "<html>ERR_NGROK_8012</html>", "not (ERR_NGROK_8012)"),
-        (403, {}, "<html><p>ERR_NGROK_727</p></html>", "quota"),
-        (200, {}, "<html>You are about to visit...</html>", "no gpu"),
-        (530, {}, "error code: 1033", "no gpu"),
-    ],
-)
+PAGES: list[tuple[int, dict[str, str], str, str]] = [
+    (404, {"ngrok-error-code": "ERR_NGROK_3200"}, "<html>offline</html>", "offline"),
+    (502, {}, "<html>ERR_NGROK_8012</html>", "not (ERR_NGROK_8012)"),
+    (403, {}, "<html><p>ERR_NGROK_727</p></html>", "quota"),
+    (200, {}, "<html>You are about to visit...</html>", "no gpu"),
+    (530, {}, "error code: 1033", "no gpu"),
+]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_tunnels_page_is_a_503_and_never_an_answer(
-    relay: Relay, gpu: DoubleGpu, status: int, headers: dict[str, str], page: str, means: str, stream: bool
-) -> None:
-    async def tunnel(request: web.Request, _: bytes) -> web.StreamResponse:
+async def test_a_tunnels_page_is_a_503_and_never_an_answer(relay: Relay, gpu: DoubleGpu, stream: bool) -> None:
+    async def tunnel(request: web.Request, body: bytes) -> web.StreamResponse:
+        status, headers, page, _ = showing
         return web.Response(status=status, headers=headers, text=page, content_type="text/html")
 
     gpu.answer = tunnel
-    response = await chat(relay, stream=stream)
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "gpu_unreachable"
-    assert means in error_of(response)["message"]
-    assert "<html>" not in response.text
-    assert int(response.headers["retry-after"]) > 0
+    for showing in PAGES:
+        page, means = showing[2:]
+        await gpu.until_reachable()
+        response = await chat(relay, stream=stream)
+        assert response.status_code == 503, page
+        assert error_of(response)["code"] == "gpu_unreachable"
+        assert means in error_of(response)["message"]
+        assert "<html>" not in response.text
+        assert int(response.headers["retry-after"]) > 0
 
 
 async def test_a_redirect_is_not_followed(relay: Relay, gpu: DoubleGpu) -> None:
@@ -288,27 +289,25 @@ async def test_layers_are_asked_of_a_gpu(relay: Relay, gpu: DoubleGpu) -> None:
     assert response.json() == {"path": "/v1/layers/preview", "asked": asked}
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "says"),
-    [
-        (b'{"model": "x"', None, "not JSON"),
-        (b"[1]", None, "object"),
-        (b'{"messages": []}', "model", "missing"),
-        (b'{"model": 3}', "model", "string"),
-        (b'{"model": "nope", "stream": true}', "model", BASE),
-        (f'{{"model": "{BASE}", "stream": "yes"}}'.encode(), "stream", "true or false"),
-        (b'{"model": "\xff"}', None, "UTF-8"),
-        (b'{"model": "\\ud800"}', None, "half of a character"),
-        (b'{"model": NaN}', None, "NaN"),
-    ],
-)
-async def test_a_malformed_body_is_refused_by_name(
-    relay: Relay, gpu: DoubleGpu, body: bytes, param: str | None, says: str
-) -> None:
-    response = await relay.http.post("/v1/chat/completions", content=body)
-    assert response.status_code in (400, 404)
-    assert error_of(response)["param"] == param
-    assert says in error_of(response)["message"]
+MALFORMED: list[tuple[bytes, str | None, str]] = [
+    (b'{"model": "x"', None, "not JSON"),
+    (b"[1]", None, "object"),
+    (b'{"messages": []}', "model", "missing"),
+    (b'{"model": 3}', "model", "string"),
+    (b'{"model": "nope", "stream": true}', "model", BASE),
+    (f'{{"model": "{BASE}", "stream": "yes"}}'.encode(), "stream", "true or false"),
+    (b'{"model": "\xff"}', None, "UTF-8"),
+    (b'{"model": "\\ud800"}', None, "half of a character"),
+    (b'{"model": NaN}', None, "NaN"),
+]
+
+
+async def test_a_malformed_body_is_refused_by_name(relay: Relay, gpu: DoubleGpu) -> None:
+    for body, param, says in MALFORMED:
+        response = await relay.http.post("/v1/chat/completions", content=body)
+        assert response.status_code in (400, 404), body
+        assert error_of(response)["param"] == param
+        assert says in error_of(response)["message"]
     assert gpu.prompts == []
 
 
