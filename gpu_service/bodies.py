@@ -225,9 +225,9 @@ def parse(kind: type[AnyModel], raw: bytes) -> AnyModel:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as exc:
-        raise BadRequest(f"The body is not JSON: {exc}", code="invalid_json") from exc
+        raise BadRequest(f"The body is not JSON: {exc}", code="not_json") from exc
     if not isinstance(value, dict):
-        raise BadRequest(f"The body is a JSON {type(value).__name__}; it must be an object.", code="invalid_json")
+        raise BadRequest(f"The body is a JSON {type(value).__name__}; it must be an object.", code="not_json")
     kept = {}
     for name, item in value.items():
         if name in kind.model_fields:

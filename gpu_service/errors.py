@@ -47,7 +47,7 @@ class GpuError(Exception):
 
 
 class BadRequest(GpuError):
-    status, type, code = 400, "invalid_request_error", "invalid_request"
+    status, type, code = 400, "invalid_request_error", "invalid_value"
 
 
 class PromptTooLong(BadRequest):
@@ -90,7 +90,7 @@ class NoSuchModel(GpuError):
 
 
 class BodyTooLarge(GpuError):
-    status, type, code = 413, "invalid_request_error", "body_too_large"
+    status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
 class TooBusy(GpuError):

@@ -145,7 +145,7 @@ async def test_a_bad_field_is_400_and_named(gpu: Gpu, body: dict[str, Any], para
 async def test_a_body_that_is_no_json_object_is_400(gpu: Gpu, raw: bytes) -> None:
     response = await gpu.http.post("/v1/chat/completions", content=raw)
     assert response.status_code == 400
-    assert (await error(response))["code"] == "invalid_json"
+    assert (await error(response))["code"] == "not_json"
 
 
 async def test_what_clients_send_by_themselves_and_neutral_values_are_let_pass(gpu: Gpu) -> None:
@@ -179,7 +179,7 @@ async def test_a_prompt_that_fits_is_answered_up_to_the_end_of_the_context(gpu: 
 async def test_too_large_a_body_is_413(gpu: Gpu) -> None:
     response = await gpu.http.post("/v1/completions", content=b"x" * (8 * 2**20 + 1))
     assert response.status_code == 413
-    assert (await error(response))["code"] == "body_too_large"
+    assert (await error(response))["code"] == "request_too_large"
 
 
 async def test_layers_are_described_and_a_spec_is_previewed(gpu: Gpu) -> None:
@@ -199,8 +199,8 @@ async def test_layers_are_described_and_a_spec_is_previewed(gpu: Gpu) -> None:
         ({"parts": ["brain"]}, "no_such_layer", "attn"),
         ({"method": "dora"}, "not_supported_yet", "dora"),
         ({"quantize": "4bit"}, "not_supported_yet", "4bit"),
-        ({"method": "magic"}, "invalid_request", "method"),
-        ([], "invalid_request", "layers"),
+        ({"method": "magic"}, "invalid_value", "method"),
+        ([], "invalid_value", "layers"),
     ],
 )
 async def test_a_bad_layer_spec_is_400_and_says_what_exists(gpu: Gpu, spec: Any, code: str, says: str) -> None:
