@@ -35,7 +35,8 @@ def ensure(data_dir: Path) -> Path:
             check=False,
         )
         if made.returncode:
-            raise ModelError(f"{NAME} could not be converted:\n{made.stderr.strip()[-2000:]}")
+            reason = (made.stderr.strip().splitlines() or [f"status {made.returncode}"])[-1]
+            raise ModelError(f"{NAME} could not be converted: {reason} (.venv/bin/python -m demo.model says more)")
     return folder
 
 
