@@ -33,6 +33,7 @@ class Service:
         self.folder, self._module, self._env = folder, module, env
         self._log = folder / "log"
         self.process: subprocess.Popen[bytes] | None = None
+        self._clients = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
@@ -58,6 +59,15 @@ class Service:
         assert self.process
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(STOP_S)
+
+    def close(self) -> None:
+        self.kill()
+        self._clients.close()
+
+    def openai(self, url: str, key: str) -> openai.OpenAI:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+        self._clients.callback(client.close)
+        return client
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
@@ -106,7 +116,12 @@ class Relay(Service):
         return {"authorization": f"Bearer {self.admin_key}"}
 
     def client(self, key: str | None = None) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.admin_key, max_retries=0, timeout=120)
+        return self.openai(self.url, key or self.admin_key)
+
+    def http(self) -> httpx2.Client:
+        client = httpx2.Client(base_url=self.url, headers=self.headers, timeout=120)
+        self._clients.callback(client.close)
+        return client
 
     def serves(self, model: str) -> None:
         """Until a gpu answers for it."""
@@ -144,7 +159,7 @@ class Gpu(Service):
         return (self.folder / "data/gpu.key").read_text().strip()
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=120)
+        return self.openai(self.url, self.key)
 
     def is_up(self) -> None:
         self.wait(lambda: httpx2.get(f"{self.url}/healthz").is_success)
@@ -155,7 +170,7 @@ def running(*services: Service) -> Iterator[None]:
     """Whatever happens, none of them outlives the test."""
     with ExitStack() as stack:
         for service in services:
-            stack.callback(service.kill)
+            stack.callback(service.close)
         for service in services:
             service.start()
         yield

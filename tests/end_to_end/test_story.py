@@ -98,7 +98,7 @@ def test_dials_and_layers_work_through_the_relay(story: Story) -> None:
     plain = answer(client, story.base)
     assert answer(client, story.base, extra_body={"dials": {"attn": 0.6}}) != plain
     assert answer(client, story.base, extra_body={"dials": {"attn": 1.0}}) == plain
-    http = httpx2.Client(base_url=story.relay.url, headers=story.relay.headers)
+    http = story.relay.http()
     assert http.get(f"/v1/models/{story.base}/layers").json()["n_layers"] == 30
     preview = http.post("/v1/layers/preview", json={"model": story.base, "layers": SPEC}).json()
     assert preview["selected_tensors"] == 42
@@ -117,7 +117,7 @@ def test_the_adapter_holds_only_trained_tensors(story: Story) -> None:
 
 
 def test_every_refusal_has_the_one_shape_and_says_what_to_do(story: Story) -> None:
-    http = httpx2.Client(base_url=story.relay.url, headers=story.relay.headers)
+    http = story.relay.http()
     chat = {"model": story.base, "messages": QUESTION}
     bad_rows = b'{"messages": []}\n{"prompt": "x", "completion": "y"}\nnot json\n'
     good = {"training_file": story.relay.client().files.list().data[0].id, "model": story.base}
