@@ -16,6 +16,7 @@ from relay.store import Clock, Store
 from relay.tables import keys, users
 
 KEY_PREFIX = "sk-fine-"
+ADMIN = "admin"
 SHOWN_CHARS = 14  # of a key, in lists
 ADMIN_KEY_ID = "key-admin"
 LAST_USED_EVERY_S = 60.0  # writing it at each request would make every read a write
@@ -29,12 +30,18 @@ WHERE_KEYS_COME_FROM = (
 class User:
     id: str
     name: str
+    key_id: str  # of the key that they came with
+
+    @property
+    def is_admin(self) -> bool:
+        return self.name == ADMIN
 
 
 @dataclass(frozen=True)
 class Key:
     id: str
     user: str
+    name: str | None
     prefix: str
     created_at: float
     last_used_at: float | None
@@ -50,7 +57,7 @@ class Accounts:
         """Exactly one admin key is good: this one."""
         now = self._clock()
         async with self._store.write() as db:
-            owner = await self._user_id(db, "admin")
+            owner = await self._user_id(db, ADMIN)
             row = {"sha256": _sha256(admin_key), "prefix": admin_key[:SHOWN_CHARS]}
             done = await db.execute(update(keys).where(keys.c.id == ADMIN_KEY_ID).values(**row))
             if not done.rowcount:
@@ -74,9 +81,9 @@ class Accounts:
         if (row.last_used_at or 0.0) < self._clock() - LAST_USED_EVERY_S:
             async with self._store.write() as db:
                 await db.execute(update(keys).where(keys.c.id == row.key_id).values(last_used_at=self._clock()))
-        return User(row.id, row.name)
+        return User(row.id, row.name, row.key_id)
 
-    async def create_key(self, user: str) -> tuple[str, str]:
+    async def create_key(self, user: str, name: str | None = None) -> tuple[str, str]:
         """Its id and the key. Makes the user if there is none. Raises InvalidRequest for a name that can't be."""
         if not re.fullmatch(r"[\w.@-]{1,100}", user):
             raise errors.InvalidRequest("a user's name is 1 to 100 letters, digits, '.', '_', '-' or '@'", param="user")
@@ -84,14 +91,16 @@ class Accounts:
         async with self._store.write() as db:
             owner = await self._user_id(db, user)
             row = {"id": key_id, "owner": owner, "sha256": _sha256(key), "prefix": key[:SHOWN_CHARS]}
-            await db.execute(insert(keys).values(**row, created_at=self._clock()))
+            await db.execute(insert(keys).values(**row, name=name, created_at=self._clock()))
         return key_id, key
 
     async def list_keys(self) -> list[Key]:
-        query = select(keys, users.c.name).join(users, keys.c.owner == users.c.id).order_by(keys.c.created_at)
+        query = (
+            select(keys, users.c.name.label("user")).join(users, keys.c.owner == users.c.id).order_by(keys.c.created_at)
+        )
         async with self._store.read() as db:
             rows = await db.execute(query)
-        return [Key(r.id, r.name, r.prefix, r.created_at, r.last_used_at, r.revoked_at) for r in rows]
+        return [Key(r.id, r.user, r.name, r.prefix, r.created_at, r.last_used_at, r.revoked_at) for r in rows]
 
     async def revoke(self, key_id: str) -> None:
         """Works at once, in every process. Raises NotFound, and InvalidRequest for the admin's."""

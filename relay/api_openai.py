@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from relay import errors, shapes
-from relay.accounts import Accounts, User
+from relay.accounts import User
 from relay.blobs import Blobs
 from relay.bodies import Form, parse, parse_object, read_body, string_field
 from relay.dispatcher import Dispatcher
@@ -22,6 +22,7 @@ from relay.gpus import Gpus
 from relay.jobs import Jobs, NewJob
 from relay.models import Model, Models
 from relay.proxy import Ask, Proxy
+from relay.sessions import Sessions
 from relay.settings import Settings
 
 FORM_OVERHEAD_BYTES = 2**16  # what a form may be larger than its file
@@ -34,7 +35,7 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 class OpenAIApi:
     """The routes' parts, and what several of them begin with."""
 
-    accounts: Accounts
+    sessions: Sessions
     gpus: Gpus
     jobs: Jobs
     files: Files
@@ -46,8 +47,8 @@ class OpenAIApi:
     settings: Settings
 
     async def user(self, request: Request) -> User:
-        """Raises InvalidKey."""
-        return await self.accounts.user_of(request.headers.get("authorization"))
+        """Raises InvalidKey, Forbidden."""
+        return await self.sessions.caller(request.headers)
 
     async def forward(self, request: Request, model: Model, target: str, body: bytes = b"") -> Response:
         headers = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}

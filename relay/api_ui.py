@@ -1,27 +1,280 @@
-"""The plain page that names the API and how to call it, and whether we are well."""
+"""/api: what the page needs beyond /v1, and the page itself. A key as bearer works here too."""
 
+import asyncio
 import html
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
-PAGE = Path(__file__).with_name("page.html")
-CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+from relay import errors, shapes
+from relay.accounts import ADMIN_KEY_ID, Accounts, Key, User
+from relay.bodies import parse, parse_object, read_body, string_field
+from relay.generations import Generation, Generations
+from relay.gpus import Gpus
+from relay.jobs import Jobs
+from relay.models import Models
+from relay.page import Page
+from relay.proxy import Ask
+from relay.sessions import COOKIE, SESSION_S, Sessions, check_same_site
+from relay.settings import Settings
+from relay.streams import DONE, EventStream
+
+PLAIN_PAGE = Path(__file__).with_name("page.html")
+PLAIN_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+LOOK_EVERY_S = 0.5  # at a job that somebody watches
+EVENTS_AT_ONCE = 500
+TARGETS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 
 
-def router() -> APIRouter:
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SignIn(_Asked):
+    key: str = Field(min_length=1, max_length=500)
+
+
+class NewKey(_Asked):
+    name: str | None = Field(default=None, max_length=100)
+    user: str | None = Field(default=None, max_length=100)  # the admin may make keys for others
+
+
+class NewGeneration(_Asked):
+    kind: Literal["chat", "completion"]
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UiApi:
+    """The routes' parts."""
+
+    sessions: Sessions
+    accounts: Accounts
+    gpus: Gpus
+    jobs: Jobs
+    models: Models
+    generations: Generations
+    page: Page
+    settings: Settings
+    stopping: asyncio.Event
+
+    async def user(self, request: Request) -> User:
+        """Raises InvalidKey, Forbidden."""
+        return await self.sessions.caller(request.headers)
+
+    async def object(self, request: Request) -> dict[str, Any]:
+        return parse_object(await read_body(request, self.settings.max_body_bytes))
+
+    def stream(self, generation: Generation, after: int) -> EventStream:
+        return EventStream(self.generations.frames(generation, after), self.stopping)
+
+
+def router(api: UiApi) -> APIRouter:
     routes = APIRouter()
-    page = PAGE.read_text(encoding="utf-8")
+    for add in (_session, _keys, _gpus, _jobs, _generations):
+        part = APIRouter(prefix="/api", tags=["page"])
+        add(part, api)
+        routes.include_router(part)
+    _pages(routes, api)
+    return routes
+
+
+def _session(routes: APIRouter, api: UiApi) -> None:
+    @routes.post("/session")
+    async def sign_in(request: Request) -> JSONResponse:
+        """A key for a cookie, so that the key need not lie in the browser."""
+        check_same_site(request.headers)  # or another site could sign its visitors in as somebody else
+        asked = parse(SignIn, await api.object(request))
+        token, user = await api.sessions.open(asked.key)
+        response = JSONResponse(_me(user))
+        secure = request.url.scheme == "https"
+        response.set_cookie(COOKIE, token, int(SESSION_S), httponly=True, samesite="strict", secure=secure)
+        return response
+
+    @routes.delete("/session")
+    async def sign_out(request: Request) -> JSONResponse:
+        check_same_site(request.headers)
+        await api.sessions.close(request.headers)
+        response = JSONResponse({"deleted": True})
+        response.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+        return response
+
+    @routes.get("/me")
+    async def me(request: Request) -> JSONResponse:
+        return JSONResponse(_me(await api.user(request)))
+
+
+def _me(user: User) -> dict[str, Any]:
+    return {"user": {"id": user.id, "name": user.name}, "admin": user.is_admin}
+
+
+def _keys(routes: APIRouter, api: UiApi) -> None:
+    async def visible(user: User) -> list[Key]:
+        keys = [key for key in await api.accounts.list_keys() if key.revoked_at is None]
+        return [key for key in keys if user.is_admin or key.user == user.name]
+
+    @routes.get("/keys")
+    async def list_keys(request: Request) -> JSONResponse:
+        """One's own; the admin sees everybody's."""
+        user = await api.user(request)
+        data = [
+            {
+                "id": key.id,
+                "name": key.name,
+                "user": key.user,
+                "prefix": key.prefix,
+                "created_at": key.created_at,
+                "last_used_at": key.last_used_at,
+                "current": key.id == user.key_id,
+                "fixed": key.id == ADMIN_KEY_ID,
+            }
+            for key in await visible(user)
+        ]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
+
+    @routes.post("/keys")
+    async def create_key(request: Request) -> JSONResponse:
+        """The key is in this answer and nowhere else."""
+        user = await api.user(request)
+        asked = parse(NewKey, await api.object(request))
+        if asked.user not in (None, user.name) and not user.is_admin:
+            raise errors.Forbidden("only the admin makes keys for others", param="user")
+        key_id, key = await api.accounts.create_key(asked.user or user.name, asked.name or None)
+        return JSONResponse({"id": key_id, "key": key})
+
+    @routes.delete("/keys/{key_id}")
+    async def revoke_key(key_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        if key_id not in {key.id for key in await visible(user)}:
+            raise errors.NotFound(f"no key '{key_id[:50]}'")
+        await api.accounts.revoke(key_id)
+        return JSONResponse({"id": key_id, "deleted": True})
+
+
+def _gpus(routes: APIRouter, api: UiApi) -> None:
+    @routes.get("/gpus")
+    async def list_gpus(request: Request) -> JSONResponse:
+        user = await api.user(request)
+        held = await api.jobs.on_gpus()
+        data = []
+        for row, offers in await api.gpus.known():
+            job = held.get(row.id)
+            alive = api.gpus.is_alive(row)
+            own = job is not None and job.owner == user.id
+            data.append(
+                {
+                    "id": row.id,
+                    "name": row.name,
+                    "alive": alive,
+                    "reachable": alive and api.gpus.reachable(row.id, row.epoch),
+                    "tunnel": row.tunnel,
+                    "device": row.device,
+                    "free_bytes": row.free_bytes,
+                    "models": [{"id": o.model_id, "family": o.family, "loaded": o.loaded} for o in offers],
+                    "active_requests": row.active_requests,
+                    "job": {"id": job.id if own else None, "status": job.status} if job is not None else None,
+                    "enrolled_at": row.enrolled_at,
+                    "last_seen_at": row.last_seen_at,
+                    "runtime_ends_at": row.runtime_ends_at,
+                }
+            )
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
+
+    @routes.get("/enrol-token")
+    async def enrol_token(request: Request) -> JSONResponse:
+        """What a notebook needs to join; it lets a gpu in, so it is the admin's alone."""
+        if not (await api.user(request)).is_admin:
+            raise errors.Forbidden("only the admin sees the enrol token")
+        return JSONResponse({"relay_url": _here(request), "token": api.gpus.enrol_token})
+
+
+def _jobs(routes: APIRouter, api: UiApi) -> None:
+    @routes.get("/jobs/{job_id}/stream")
+    async def stream(job_id: str, request: Request) -> Response:
+        """`event: job` whenever the job has changed; its events with their numbers as ids. Ends with [DONE]."""
+        user = await api.user(request)
+        after = _last_event_id(request)
+        await api.jobs.get(user.id, job_id)
+        return EventStream(_watch(api.jobs, user.id, job_id, after), api.stopping)
+
+
+async def _watch(jobs: Jobs, owner: str, job_id: str, after: int) -> AsyncIterator[bytes]:
+    said = ""
+    while True:
+        job, events = await jobs.events_after(owner, job_id, after, EVENTS_AT_ONCE)
+        frames = [f"id: {event.id}\ndata: {json.dumps(shapes.event(event))}\n\n" for event in events]
+        if (state := json.dumps(shapes.job(job))) != said:
+            frames.insert(0, f"event: job\ndata: {state}\n\n")
+            said = state
+        if frames:
+            yield "".join(frames).encode()
+        if events:
+            after = events[-1].id
+        if len(events) < EVENTS_AT_ONCE:
+            if job.finished_at is not None:
+                yield DONE
+                return
+            await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _generations(routes: APIRouter, api: UiApi) -> None:
+    @routes.post("/generations")
+    async def start(request: Request) -> Response:
+        """Waits for a gpu as long as it takes; tells the place in the line, then passes the gpu's own frames on."""
+        user = await api.user(request)
+        asked = parse(NewGeneration, await api.object(request))
+        model = await api.models.resolve(user.id, string_field(asked.body, "model"))
+        headers = {"content-type": "application/json", "x-request-id": request.state.request_id}
+        body = json.dumps({**asked.body, "stream": True}).encode()
+        generation = api.generations.start(user.id, Ask(model.base, "POST", TARGETS[asked.kind], body, headers))
+        return api.stream(generation, 0)
+
+    @routes.get("/generations/{generation_id}")
+    async def again(generation_id: str, request: Request) -> Response:
+        """After a cut: everything past Last-Event-ID."""
+        user = await api.user(request)
+        return api.stream(api.generations.get(user.id, generation_id), _last_event_id(request))
+
+    @routes.delete("/generations/{generation_id}")
+    async def stop(generation_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request)
+        api.generations.stop(api.generations.get(user.id, generation_id))
+        return JSONResponse({"id": generation_id, "deleted": True})
+
+
+def _pages(routes: APIRouter, api: UiApi) -> None:
+    plain = PLAIN_PAGE.read_text(encoding="utf-8")
 
     @routes.get("/", include_in_schema=False)
     async def index(request: Request) -> HTMLResponse:
+        if api.page.built:
+            return api.page.index()
         # The address as the reader has it, which behind nginx is not ours.
-        here = html.escape(f"{request.url.scheme}://{request.headers.get('host', '')}", quote=True)
-        return HTMLResponse(page.replace("{{here}}", here), headers={"content-security-policy": CSP})
+        shown = plain.replace("{{here}}", html.escape(_here(request), quote=True))
+        return HTMLResponse(shown, headers={"content-security-policy": PLAIN_CSP})
+
+    @routes.get("/assets/{name}", include_in_schema=False)
+    async def asset(name: str, request: Request) -> Response:
+        if found := api.page.asset(name, request):
+            return found
+        raise HTTPException(404)
 
     @routes.get("/healthz", tags=["operations"])
     async def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    return routes
+
+def _here(request: Request) -> str:
+    return f"{request.url.scheme}://{request.headers.get('host', '')}"
+
+
+def _last_event_id(request: Request) -> int:
+    given = request.headers.get("last-event-id", "")
+    return int(given) if given.isascii() and given.isdecimal() and len(given) <= 18 else 0

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import wire
@@ -24,12 +25,15 @@ from relay.blobs import Blobs
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
 from relay.files import Files
+from relay.generations import Generations
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs
 from relay.leases import Leases
 from relay.models import Models
+from relay.page import Page
 from relay.proxy import Proxy
+from relay.sessions import Sessions
 from relay.settings import Settings, secret
 from relay.store import Clock, Store
 from relay.transport import ByTunnel, TunnelTransport
@@ -61,9 +65,12 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     jobs = Jobs(store, clock)
     leases = Leases(store, blobs, settings, clock)
     files = Files(store, blobs, clock)
-    models = Models(store, blobs, settings, clock)
+    models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping)
     proxy = Proxy(gpus, client, stopping)
+    sessions = Sessions(store, accounts, clock)
+    generations = Generations(proxy, gpus)
+    page = Page(settings.page_dir)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -79,6 +86,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             await transport.open()
             closing.push_async_callback(transport.close)
             closing.push_async_callback(gpus.close)
+            closing.push_async_callback(generations.close)
             loop = asyncio.create_task(dispatcher.run())
             closing.push_async_callback(lambda: loop)
             closing.callback(dispatcher.stop)
@@ -86,15 +94,18 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
 
     app = FastAPI(title="I'm Fine relay", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.dispatcher = dispatcher
+    app.state.page = page
     app.include_router(
         api_openai.router(
-            api_openai.OpenAIApi(accounts, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
+            api_openai.OpenAIApi(sessions, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
         )
     )
     app.include_router(
         api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock, dialout))
     )
-    app.include_router(api_ui.router())
+    app.include_router(
+        api_ui.router(api_ui.UiApi(sessions, accounts, gpus, jobs, models, generations, page, settings, stopping))
+    )
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_exception_handler(HTTPException, _render_http)
@@ -115,9 +126,11 @@ def _render_validation(request: Request, exc: Exception) -> JSONResponse:
     return _render(request, errors.InvalidRequest(message, param=param))
 
 
-def _render_http(request: Request, exc: Exception) -> JSONResponse:
+def _render_http(request: Request, exc: Exception) -> Response:
     """What the framework refuses by itself: unknown routes and methods."""
     assert isinstance(exc, HTTPException)
+    if exc.status_code == 404 and (shown := request.app.state.page.unknown(request)):
+        return shown  # type: ignore[no-any-return]
     route = f"{request.method} {request.url.path[:200]}"
     known = {
         404: (f"no route {route}: the page at / names those that exist", "no_such_route"),

@@ -8,11 +8,13 @@ RelayError
 ├── InvalidEnrolToken     401  a gpu without the enrol token
 ├── BadSignature          401  a gpu's request that is not signed as it must be
 ├── UnknownGpu            401  a gpu or epoch that we do not know: enrol again
+├── Forbidden             403  signed in, and still not allowed
 ├── NotFound              404  no such thing, or it belongs to somebody else
 │   └── ModelNotFound          names those that exist
 ├── LeaseLost             409  a gpu wrote about a job that is not its any more: stop
 ├── JobOver               409  a job that has ended can't be cancelled
 ├── TooLarge              413  a body over its limit
+├── TooMany               429  more at once than one user may have
 └── Unavailable           503  try again later
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
@@ -80,6 +82,12 @@ class UnknownGpu(RelayError):
     code = "unknown_gpu"
 
 
+class Forbidden(RelayError):
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
+
+
 class NotFound(RelayError):
     status = 404
     type = "invalid_request_error"
@@ -105,6 +113,13 @@ class TooLarge(RelayError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class TooMany(RelayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many"
+    headers = {"retry-after": str(RETRY_AFTER_S)}  # noqa: RUF012
 
 
 class Unavailable(RelayError):

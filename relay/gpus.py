@@ -30,6 +30,9 @@ from relay.transport import Endpoint
 
 log = logging.getLogger("relay.gpus")
 
+SHOWN_FOR_S = 24 * 3600.0  # a gpu that left is still listed this long
+SHOWN = 100
+
 
 class Gpus:
     def __init__(self, store: Store, client: GpuClient, settings: Settings, clock: Clock) -> None:
@@ -46,6 +49,10 @@ class Gpus:
 
     def open(self, enrol_token: str) -> None:
         self._enrol_token = enrol_token
+
+    @property
+    def enrol_token(self) -> str:
+        return self._enrol_token
 
     async def close(self) -> None:
         for task in list(self._challenges.values()):
@@ -160,6 +167,9 @@ class Gpus:
     def reachable(self, gpu_id: str, epoch: int) -> bool:
         return self._proven.get(gpu_id) == epoch
 
+    def reachable_ids(self) -> list[str]:
+        return list(self._proven)
+
     def mark_unreachable(self, to: Endpoint) -> None:
         """Until it has answered a challenge again."""
         if self._proven.get(to.gpu_id) == to.epoch:
@@ -224,6 +234,24 @@ class Gpus:
             self._in_flight[gpu_id] -= 1
             if not self._in_flight[gpu_id]:
                 del self._in_flight[gpu_id]
+
+    async def any_alive(self, model: str) -> bool:
+        """Whether a gpu with this base model is there, reachable or not."""
+        return bool(await self._alive(model))
+
+    async def known(self) -> list[tuple[Row[Any], list[Row[Any]]]]:
+        """Those heard within a day, the latest first, each with the base models that it offers."""
+        recent = (
+            select(gpus).where(gpus.c.last_seen_at >= self._clock() - SHOWN_FOR_S).order_by(gpus.c.enrolled_at.desc())
+        )
+        has = select(offers, base_models.c.family).join(base_models, base_models.c.id == offers.c.model_id)
+        async with self._store.read() as db:
+            rows = (await db.execute(recent.limit(SHOWN))).all()
+            offered = (await db.execute(has.where(offers.c.gpu_id.in_([row.id for row in rows])))).all()
+        return [(row, [offer for offer in offered if offer.gpu_id == row.id]) for row in rows]
+
+    def is_alive(self, row: Row[Any]) -> bool:
+        return bool(row.last_seen_at >= self._clock() - self._settings.alive_s)
 
     async def _alive(self, model: str | None = None) -> Sequence[Row[Any]]:
         """Those with a way to them and, where one is named, the model; then also whether they have it `loaded`."""

@@ -88,6 +88,18 @@ class Jobs:
             rows = (await db.execute(query.limit(limit + 1))).all()
         return rows[:limit], len(rows) > limit
 
+    async def events_after(self, owner: str, job_id: str, after: int, limit: int) -> tuple[JobRow, Sequence[EventRow]]:
+        """The job, and its events past that number, the oldest first; one view of both. Raises NotFound."""
+        query = select(job_events).where(job_events.c.job_id == job_id, job_events.c.id > after)
+        async with self._store.read() as db:
+            job = await self._of(db, owner, job_id)
+            return job, (await db.execute(query.order_by(job_events.c.id).limit(limit))).all()
+
+    async def on_gpus(self) -> dict[str, JobRow]:
+        """Which job each gpu holds now, by the gpu's id; whoever owns it."""
+        async with self._store.read() as db:
+            return {job.gpu_id: job for job in await db.execute(select(jobs).where(jobs.c.gpu_id.is_not(None)))}
+
     async def cancel(self, owner: str, job_id: str) -> tuple[JobRow, str | None]:
         """At once, and the gpu that has to hear of it. Raises NotFound, JobOver."""
         now = self._clock()

@@ -1,6 +1,7 @@
 """Which models a user may name: every base model that was ever offered, and their own tuned ones."""
 
 import asyncio
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ class Model:
     context_tokens: int
     created_at: float
     owner: str | None  # a user's name; None: everybody's
-    available: bool  # some gpu that is alive has the base model
+    available: bool  # a request would find a gpu: alive, reachable, with the base model
 
     @property
     def is_tuned(self) -> bool:
@@ -34,11 +35,15 @@ class Model:
 
 
 class Models:
-    def __init__(self, store: Store, blobs: Blobs, settings: Settings, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, blobs: Blobs, settings: Settings, clock: Clock, reachable: Callable[[], Collection[str]]
+    ) -> None:
+        """`reachable` names the gpus that can be reached now."""
         self._store = store
         self._blobs = blobs
         self._settings = settings
         self._clock = clock
+        self._reachable = reachable
 
     async def visible(self, owner: str) -> list[Model]:
         """Base models first, then the user's own tuned ones, the newest first."""
@@ -103,7 +108,10 @@ class Models:
     def _bases(self) -> Select[Any]:
         since = self._clock() - self._settings.alive_s
         offered = exists().where(
-            offers.c.model_id == base_models.c.id, gpus.c.id == offers.c.gpu_id, gpus.c.last_seen_at >= since
+            offers.c.model_id == base_models.c.id,
+            gpus.c.id == offers.c.gpu_id,
+            gpus.c.last_seen_at >= since,
+            gpus.c.id.in_(self._reachable()),
         )
         return select(base_models, offered.correlate(base_models).label("available"))
 

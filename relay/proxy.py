@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from relay import errors
 from relay.gpu_client import GpuAnswer, GpuClient
 from relay.gpus import Gpus
+from relay.streams import STREAM_HEADERS, caller_gone
 from relay.transport import Endpoint
 
 log = logging.getLogger("relay.proxy")
@@ -26,7 +27,6 @@ STOP_GRACE_S = 1.0  # what is nearly done may end when the relay stops
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is no stream
 MAX_FRAME_BYTES = 8 * 2**20
 PASSED_DOWN = ("content-type", "x-request-id", "retry-after", "retry-after-ms", "x-should-retry")
-STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
@@ -42,7 +42,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """An answer of which the first byte is here."""
 
     answer: GpuAnswer
@@ -63,12 +63,17 @@ class Proxy:
 
     def forward(self, ask: Ask) -> Response:
         """A response which asks a gpu when it is sent. Raises Unavailable then, before anything went out."""
-        return _Forwarded(lambda: self._first_answer(ask), self._stopping)
+        return _Forwarded(lambda: self.open(ask), self._stopping)
 
-    async def _first_answer(self, ask: Ask) -> _Opened:
+    async def open(self, ask: Ask, chosen: Callable[[Endpoint], None] = lambda _: None) -> Opened:
+        """An answer whose first byte is here, from the first gpu that gives one; `chosen` hears of each that is asked.
+
+        The caller closes `held`. Raises Unavailable.
+        """
         tried: list[str] = []
         failure: errors.GpuUnreachable | None = None
         while len(tried) < TRIES and (to := await self._gpus.choose(ask.base_model, exclude=tried)):
+            chosen(to)
             try:
                 return await self._open(to, ask)
             except errors.GpuUnreachable as exc:
@@ -82,7 +87,7 @@ class Proxy:
             f"no gpu that has '{ask.base_model}' can be reached now: start one, or try again when one is back"
         )
 
-    async def _open(self, to: Endpoint, ask: Ask) -> _Opened:
+    async def _open(self, to: Endpoint, ask: Ask) -> Opened:
         with contextlib.ExitStack() as held:
             held.enter_context(self._gpus.busy(to.gpu_id))
             answer = await self._client.send(to, ask.method, ask.target, ask.body, ask.headers)
@@ -92,9 +97,9 @@ class Proxy:
             if not first:
                 raise errors.GpuUnreachable(f"gpu {to.name!r} closed the connection without an answer. Try again.")
             if answer.is_stream:
-                return _Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
+                return Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
             # Whole before it starts, so that a gpu that dies halfway is a clean 503 and not half an object.
-            return _Opened(answer, await _whole_body(first, chunks), None, held.pop_all())
+            return Opened(answer, await _whole_body(first, chunks), None, held.pop_all())
 
 
 async def _whole_body(first: bytes, chunks: AsyncIterator[bytes]) -> bytes:
@@ -131,7 +136,7 @@ async def whole_frames(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncItera
 
 
 class _Forwarded(Response):
-    def __init__(self, open_answer: Callable[[], Awaitable[_Opened]], stopping: asyncio.Event) -> None:
+    def __init__(self, open_answer: Callable[[], Awaitable[Opened]], stopping: asyncio.Event) -> None:
         self._open_answer = open_answer
         self._stopping = stopping
         self._streaming = False
@@ -139,7 +144,7 @@ class _Forwarded(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._pass_on(send))
-        gone = asyncio.create_task(_caller_gone(receive))
+        gone = asyncio.create_task(caller_gone(receive))
         stop = asyncio.create_task(self._stopping.wait())
         try:
             await asyncio.wait({work, gone, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -184,8 +189,3 @@ async def _end_with(send: Send, error: errors.RelayError) -> None:
     event = b"data: " + json.dumps(error.body()).encode() + b"\n\n"
     await send({"type": "http.response.body", "body": event, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
-
-
-async def _caller_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

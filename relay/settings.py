@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 MIN_SECRET_CHARS = 16
 TUNNEL_SUFFIXES = (
     ".ngrok-free.app",
@@ -40,6 +41,7 @@ class Settings:
     max_body_bytes: int = 8 * 2**20
     max_upload_bytes: int = 512 * 2**20
     max_adapter_bytes: int = 16 * 2**30
+    page_dir: Path = ROOT / "web" / "dist"
 
     @property
     def alive_s(self) -> float:
@@ -143,6 +145,13 @@ SETTINGS = (
     Setting("RELAY_MAX_UPLOAD_BYTES", "max_upload_bytes", "536870912", "Largest file that a user uploads.", _bytes),
     Setting(
         "RELAY_MAX_ADAPTER_BYTES", "max_adapter_bytes", "17179869184", "Largest blob that a gpu sends back.", _bytes
+    ),
+    Setting(
+        "RELAY_PAGE_DIR",
+        "page_dir",
+        "web/dist beside the relay",
+        "The built page; without it `/` is a plain one.",
+        Path,
     ),
 )
 

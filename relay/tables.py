@@ -38,9 +38,19 @@ keys = Table(
     Column("owner", ForeignKey("users.id"), nullable=False),
     Column("sha256", String(64), nullable=False, unique=True),  # the key itself is shown once and not kept
     Column("prefix", String(20), nullable=False),  # enough to tell keys apart
+    Column("name", String(100)),  # what it is for, in its owner's words
     Column("created_at", Float, nullable=False),
     Column("last_used_at", Float),
     Column("revoked_at", Float),
+)
+
+sessions = Table(
+    "sessions",  # of the page: a cookie in place of a key
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("key_sha256", String(64), nullable=False),  # ends with this key, also when the admin's is replaced
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
 )
 
 gpus = Table(

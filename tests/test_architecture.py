@@ -29,7 +29,8 @@ FLOORS: dict[str, list[list[str]]] = {
     ],
     "gpu_service": [
         ["__main__", "notebook"],
-        ["app", "job", "link", "tunnel", "dialout"],
+        ["service", "lone"],
+        ["app", "tunnel", "dialout", "job", "link"],
         ["bodies", "gate"],
         ["worker"],
         ["text", "image", "train"],

@@ -95,6 +95,7 @@ async def running_relay(folder: Path, clock: Clock, **changes: Any) -> AsyncIter
         "allow_loopback_gpus": True,
         "heartbeat_s": 0.3,
         "max_upload_bytes": 200_000,
+        "page_dir": folder / "page",  # not built, unless a test does
     }
     settings = Settings(**(values | changes))
     app = create_app(settings, clock)

@@ -1,0 +1,236 @@
+"""Generations for the page: each waits for a gpu, its frames are numbered, and a reader who was cut off comes back.
+
+A generation belongs to who asked. It lives in this process alone, for as long as somebody reads it and KEEP_S more.
+Who waits stands in a line for each base model, in the order of asking. Knows nothing of HTTP.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+from relay import errors
+from relay.gpus import Gpus
+from relay.proxy import Ask, Opened, Proxy
+from relay.transport import Endpoint
+
+log = logging.getLogger("relay.generations")
+
+KEEP_S = 30.0
+TRY_EVERY_S = 1.0
+BUSY = (429, 503)  # of a gpu: full, or about to stop; another one, or the same one later, will do
+MAX_BUFFER_BYTES = 16 * 2**20
+MAX_OPEN = 16  # of one user
+
+
+class Generation:
+    """Frames as they came, each numbered from 1, for any number of readers."""
+
+    def __init__(self, owner: str) -> None:
+        self.id = f"gen-{secrets.token_hex(12)}"
+        self.owner = owner
+        self.over = False
+        self.readers = 0
+        self.visits = 0  # how often a reader came
+        self.bytes = 0
+        self.told: tuple[int, str] | None = None  # place and reason, as last said
+        self.task: asyncio.Task[None] | None = None
+        self._frames: list[bytes] = []
+        self._news = asyncio.Event()
+
+    def say(self, data: str) -> None:
+        frame = f"id: {len(self._frames) + 1}\ndata: {data}\n\n".encode()
+        self.bytes += len(frame)
+        self._frames.append(frame)
+        self._tell()
+
+    def tell_place(self, place: int, reason: str) -> None:
+        if self.told != (place, reason):
+            self.told = (place, reason)
+            self.say(json.dumps({"type": "waiting", "place": place, "reason": reason}))
+
+    def end(self) -> None:
+        self.over = True
+        self._tell()
+
+    async def read(self, after: int) -> AsyncIterator[bytes]:
+        """All frames past number `after`, then new ones until the end."""
+        while True:
+            news = self._news
+            if after < len(self._frames):
+                fresh, after = self._frames[after:], len(self._frames)
+                yield b"".join(fresh)
+            elif self.over:
+                return
+            else:
+                await news.wait()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+
+class Line:
+    """Who waits for one base model, the first in front, and why."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Generation] = []
+        self.reason = "queue"
+        self.moved = asyncio.Event()
+
+    def step(self) -> None:
+        self.moved.set()
+        self.moved = asyncio.Event()
+
+
+class Generations:
+    def __init__(self, proxy: Proxy, gpus: Gpus, keep_s: float = KEEP_S) -> None:
+        self._proxy = proxy
+        self._gpus = gpus
+        self._keep_s = keep_s
+        self._all: dict[str, Generation] = {}
+        self._lines: dict[str, Line] = {}
+
+    def start(self, owner: str, ask: Ask) -> Generation:
+        """Raises TooMany."""
+        if sum(g.owner == owner and not g.over for g in self._all.values()) >= MAX_OPEN:
+            raise errors.TooMany(f"{MAX_OPEN} answers are under way already: wait for one, or stop one")
+        generation = Generation(owner)
+        self._all[generation.id] = generation
+        generation.say(json.dumps({"type": "started", "id": generation.id}))
+        generation.task = asyncio.create_task(self._run(generation, ask), name=generation.id)
+        self._forget_later(generation)  # for who leaves before reading anything
+        return generation
+
+    def get(self, owner: str, generation_id: str) -> Generation:
+        """Raises NotFound."""
+        found = self._all.get(generation_id)
+        if found is None or found.owner != owner:
+            message = (
+                f"no answer '{generation_id[:50]}' is under way: it is kept {self._keep_s:.0f} s for who was cut off"
+            )
+            raise errors.NotFound(message)
+        return found
+
+    async def frames(self, generation: Generation, after: int) -> AsyncIterator[bytes]:
+        """For one reader. When the last one has left, the generation is kept a while, then stopped."""
+        generation.readers += 1
+        generation.visits += 1
+        try:
+            async for frame in generation.read(after):
+                yield frame
+        finally:
+            generation.readers -= 1
+            self._forget_later(generation)
+
+    def stop(self, generation: Generation) -> None:
+        """At once: the gpu sees the connection go."""
+        self._all.pop(generation.id, None)
+        if generation.task:
+            generation.task.cancel()
+
+    async def close(self) -> None:
+        tasks = [g.task for g in self._all.values() if g.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forget_later(self, generation: Generation) -> None:
+        asyncio.get_running_loop().call_later(self._keep_s, self._forget, generation, generation.visits)
+
+    def _forget(self, generation: Generation, visits: int) -> None:
+        if not generation.readers and generation.visits == visits:  # nobody has come back since
+            self.stop(generation)
+
+    async def _run(self, generation: Generation, ask: Ask) -> None:
+        try:
+            opened = await self._opened(generation, ask)
+            with opened.held:
+                await _pass_on(generation, opened)
+        except errors.RelayError as exc:
+            generation.say(json.dumps(exc.body()))
+        except Exception:
+            log.exception("%s failed", generation.id)
+            generation.say(json.dumps(errors.RelayError("the relay has a fault; its log says more").body()))
+        finally:
+            generation.end()
+
+    async def _opened(self, generation: Generation, ask: Ask) -> Opened:
+        """A gpu's answer, however long that takes."""
+        line = self._lines.setdefault(ask.base_model, Line())
+        first_try = not line.waiting  # nobody waits: no place to take
+        if not first_try:
+            line.waiting.append(generation)
+        try:
+            while True:
+                if first_try or line.waiting[0] is generation:
+                    opened, line.reason = await self._attempt(generation, ask, line)
+                    if opened:
+                        return opened
+                    if generation not in line.waiting:
+                        line.waiting.insert(0, generation)  # it was asked first
+                        line.step()
+                    first_try = False
+                place = line.waiting.index(generation) + 1
+                generation.tell_place(place, line.reason)
+                await self._moved(line, generation, place)
+        finally:
+            if generation in line.waiting:
+                line.waiting.remove(generation)
+            line.step()
+
+    async def _moved(self, line: Line, generation: Generation, place: int) -> None:
+        """Until there is something new to say or to try."""
+        reason = line.reason
+        while True:
+            try:
+                async with asyncio.timeout(TRY_EVERY_S):
+                    await line.moved.wait()
+            except TimeoutError:
+                if place == 1:
+                    return
+            if line.waiting.index(generation) + 1 != place or line.reason != reason:
+                return
+
+    async def _attempt(self, generation: Generation, ask: Ask, line: Line) -> tuple[Opened | None, str]:
+        """An answer, or why there is none yet. Raises what another gpu would not mend."""
+
+        def chosen(to: Endpoint) -> None:
+            generation.told = None
+            generation.say(json.dumps({"type": "reading", "gpu": to.name}))
+            if generation in line.waiting:  # the next may try while this one's prompt is read
+                line.waiting.remove(generation)
+                line.step()
+
+        try:
+            opened = await self._proxy.open(ask, chosen)
+        except errors.NoGpu:
+            return None, "gpu_unreachable" if await self._gpus.any_alive(ask.base_model) else "no_gpu"
+        except errors.GpuUnreachable:
+            return None, "gpu_unreachable"
+        if opened.answer.status in BUSY:
+            opened.held.close()
+            return None, "busy"
+        return opened, "queue"
+
+
+async def _pass_on(generation: Generation, opened: Opened) -> None:
+    if opened.rest is None:  # no stream: an error of the gpu's own
+        generation.say(json.dumps(_body(opened.first)))
+        return
+    async for frames in opened.rest:
+        for frame in frames.replace(b"\r\n", b"\n").split(b"\n\n"):
+            lines = [line[5:].lstrip() for line in frame.decode().split("\n") if line.startswith("data:")]
+            if lines:
+                generation.say("\ndata: ".join(lines))
+        if generation.bytes > MAX_BUFFER_BYTES:
+            raise errors.TooLarge(f"the answer is longer than {MAX_BUFFER_BYTES:,} bytes: ask for less")
+
+
+def _body(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return errors.GpuUnreachable("the gpu answered with something that is not JSON. Try again.").body()

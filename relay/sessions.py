@@ -1,0 +1,85 @@
+"""Who is asking: a key as bearer, or the page's session, which stands in for the key it was opened with.
+
+The session is a random cookie, kept here as its hash. It ends with its key. So that no other site can use it, it
+counts only where the page's own header stands beside it, which a foreign page can't send, and where the browser does
+not say that another site is asking. The rule is the same for every route and method.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from sqlalchemy import delete, insert, select
+from starlette.requests import cookie_parser
+
+from relay import errors
+from relay.accounts import Accounts, User
+from relay.store import Clock, Store
+from relay.tables import keys, sessions, users
+
+COOKIE = "imfine_session"
+PAGE_HEADER = "x-imfine-page"
+SESSION_S = 30 * 24 * 3600.0
+
+
+class Sessions:
+    def __init__(self, store: Store, accounts: Accounts, clock: Clock) -> None:
+        self._store = store
+        self._accounts = accounts
+        self._clock = clock
+
+    async def caller(self, headers: Mapping[str, str]) -> User:
+        """Raises InvalidKey, Forbidden."""
+        authorization, token = headers.get("authorization"), _token(headers)
+        if authorization is not None or token is None or PAGE_HEADER not in headers:
+            return await self._accounts.user_of(authorization)
+        check_same_site(headers)
+        query = (
+            select(users.c.id, users.c.name, keys.c.id.label("key_id"))
+            .select_from(sessions)
+            .join(keys, keys.c.sha256 == sessions.c.key_sha256)
+            .join(users, users.c.id == keys.c.owner)
+            .where(
+                sessions.c.sha256 == _sha256(token), sessions.c.expires_at > self._clock(), keys.c.revoked_at.is_(None)
+            )
+        )
+        async with self._store.read() as db:
+            row = (await db.execute(query)).one_or_none()
+        if row is None:
+            raise errors.InvalidKey("the session is over: sign in again")
+        return User(row.id, row.name, row.key_id)
+
+    async def open(self, key: str) -> tuple[str, User]:
+        """A new session's token, and whose it is. Raises InvalidKey."""
+        user = await self._accounts.user_of(f"Bearer {key}")
+        now, token = self._clock(), secrets.token_urlsafe(32)
+        row = {"sha256": _sha256(token), "key_sha256": _sha256(key.strip())}
+        async with self._store.write() as db:
+            await db.execute(delete(sessions).where(sessions.c.expires_at <= now))
+            await db.execute(insert(sessions).values(**row, created_at=now, expires_at=now + SESSION_S))
+        return token, user
+
+    async def close(self, headers: Mapping[str, str]) -> None:
+        if token := _token(headers):
+            async with self._store.write() as db:
+                await db.execute(delete(sessions).where(sessions.c.sha256 == _sha256(token)))
+
+
+def check_same_site(headers: Mapping[str, str]) -> None:
+    """Raises Forbidden for what a page of another site sent, or might have.
+
+    https://cheatsheetseries.owasp.org/cheatsheets/Cross-Site_Request_Forgery_Prevention_Cheat_Sheet.html
+    """
+    origin = headers.get("origin")
+    foreign = origin is not None and urlsplit(origin).netloc != headers.get("host", "")
+    if PAGE_HEADER not in headers or foreign or headers.get("sec-fetch-site", "same-origin") != "same-origin":
+        raise errors.Forbidden(f"a session works from this relay's own page only, which sends '{PAGE_HEADER}'")
+
+
+def _token(headers: Mapping[str, str]) -> str | None:
+    return cookie_parser(headers.get("cookie", "")).get(COOKIE)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
