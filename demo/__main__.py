@@ -17,7 +17,7 @@ import httpx2
 from demo import model, screen, services
 from demo.screen import Screen
 from demo.services import Died, Service
-from demo.tour import QUESTION, Tour, TourFailed
+from demo.tour import ANSWER_TOKENS, QUESTION, Tour, TourFailed
 
 MODEL_BYTES = 800_000_000  # the conversion writes 270 MB, and adapters, logs and data sets need room
 START_S = 60.0
@@ -216,7 +216,8 @@ def _say_how_to_call(settings: Settings, out: Screen, served: str) -> None:
 
 
 def _curl(url: str, key_file: Path, model_id: str) -> str:
-    body = f'{{"model": "{model_id}", "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
+    question = f'{{"role": "user", "content": "{QUESTION}"}}'
+    body = f'{{"model": "{model_id}", "max_tokens": {ANSWER_TOKENS}, "messages": [{question}]}}'
     return (
         f"\n  curl {url}/v1/chat/completions \\\n"
         f'    -H "Authorization: Bearer $(cat {shlex.quote(str(key_file))})" \\\n'
