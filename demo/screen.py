@@ -47,13 +47,16 @@ class Screen:
             self.say(line)
         self._tenth = tenth
 
+    def answer(self, title: str, text: str) -> None:
+        self.say(f"  {title}:")
+        self.say(textwrap.indent("\n".join(wrap(text, self._width - 4)), "    "))
+
     def side_by_side(self, left: tuple[str, str], right: tuple[str, str]) -> None:
         """Two texts with a title each: in columns on a terminal that is wide enough, else one after the other."""
         column = (self._width - 7) // 2
         if not self._is_terminal or column < NARROWEST_COLUMN:
-            for title, text in (left, right):
-                self.say(f"  {title}:")
-                self.say(textwrap.indent("\n".join(wrap(text, self._width - 4)), "    "))
+            self.answer(*left)
+            self.answer(*right)
             return
         columns = [[title, "─" * min(cells(title), column), *wrap(text, column)] for title, text in (left, right)]
         height = max(map(len, columns))

@@ -43,17 +43,23 @@ class Tour:
                 f"An earlier run tuned {tuned}; it is served again, without training.",
                 f"지난번에 튜닝한 모델 {tuned} 을(를) 다시 학습하지 않고 그대로 씁니다.",
             )
+            after = self._answer_of_tuned(tuned)
+            self.screen.say(f'\n  "{QUESTION}"\n')
+            self.screen.answer(self._tuned_title, after)
+            return tuned
         before = self._answer(self.base_model, self.screen.pick("the base model", "기본 모델"))
-        tuned = tuned or self._follow(self._active() or self._create())
-        after = self._answer(tuned, self.screen.pick("the tuned model", "튜닝한 모델"))
-        self.screen.say()
-        self.screen.say(f'  "{QUESTION}"')
-        self.screen.say()
-        self.screen.side_by_side(
-            (self.screen.pick("Base model", "기본 모델"), before),
-            (self.screen.pick("Tuned: 8 of 30 layers", "튜닝: 30개 층 중 8개"), after),
-        )
+        tuned = self._follow(self._active() or self._create())
+        after = self._answer_of_tuned(tuned)
+        self.screen.say(f'\n  "{QUESTION}"\n')
+        self.screen.side_by_side((self.screen.pick("Base model", "기본 모델"), before), (self._tuned_title, after))
         return tuned
+
+    @property
+    def _tuned_title(self) -> str:
+        return self.screen.pick("Tuned: 8 of 30 layers", "튜닝: 30개 층 중 8개")
+
+    def _answer_of_tuned(self, tuned: str) -> str:
+        return self._answer(tuned, self.screen.pick("the tuned model", "튜닝한 모델"))
 
     def wait_until_served(self) -> None:
         """Asks for one token until it comes: a list of models may still speak of a gpu that has just gone."""
