@@ -7,12 +7,13 @@ TOUR ?= 1
 export PYTHON TORCH_INDEX DATA TOUR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-long test-all clean
+.PHONY: help setup demo web web-check lint test test-long test-all clean
 
 help:
 	@echo "make demo      relay + gpu on this machine; fine-tunes a small Llama before your eyes (TOUR=0: only serve)"
 	@echo "make test      lint, types, unit and end-to-end tests"
 	@echo "make test-all  and the long ones"
+	@echo "make web       only build the page, into web/dist"
 	@echo "make lint      ruff and mypy only"
 	@echo "make setup     only make .venv, with what demo and tests need"
 	@echo "make clean     remove .venv and caches; $(DATA)/ with your jobs and models stays"
@@ -23,14 +24,21 @@ setup:
 
 demo:
 	@sh setup.sh
+	@sh web/build.sh || echo "  The page was not built; everything else works without it."
 	@.venv/bin/python -m demo
+
+web:
+	@sh web/build.sh
+
+web-check: setup
+	@sh web/build.sh check
 
 lint: setup
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
-test: lint
+test: lint web-check
 	.venv/bin/python -m pytest -m "not long"
 
 test-long: setup
@@ -39,5 +47,5 @@ test-long: setup
 test-all: test test-long
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv web/node_modules web/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ export const router = createBrowserRouter([
   { path: '/sign-in', element: <SignInPage />, errorElement: <RouteError /> },
   {
     element: <Shell />,
+    hydrateFallbackElement: <></>,
     errorElement: <RouteError />,
     children: [
       { index: true, element: <GeneratePage /> },

@@ -3,7 +3,7 @@ import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { useTitle } from '@/components/Page';
 import type { Model } from '@/types/api';
-import { Button, Drawer, Skeleton, Text, Title, UnstyledButton } from '@mantine/core';
+import { ActionIcon, Button, Drawer, Skeleton, Text, Title, UnstyledButton } from '@mantine/core';
 import { useDisclosure, useMediaQuery } from '@mantine/hooks';
 import { useQuery } from '@tanstack/react-query';
 import { useEffect, useLayoutEffect, useRef, type RefObject } from 'react';
@@ -89,7 +89,7 @@ export function GeneratePage() {
               <span className={css.pickName}>{shortName(model)}</span>
               {isNeutral(settings.dials) ? null : <span className={css.dot} />}
             </Button>
-            <NewChat turns={turns} />
+            <NewChat turns={turns} small />
           </div>
         ) : null}
         <div className={css.scroll}>
@@ -152,9 +152,16 @@ function asked(model: Model, settings: Settings): Ask {
   return { model: model.id, kind: model.family === 'gpt2' ? 'completion' : 'chat', dials, sampling, system };
 }
 
-function NewChat({ turns }: { turns: readonly Turn[] }) {
+function NewChat({ turns, small = false }: { turns: readonly Turn[]; small?: boolean }) {
   const { t } = useTranslation();
   if (turns.length === 0) return null;
+  if (small) {
+    return (
+      <ActionIcon variant="subtle" size={36} onClick={forgetConversation} aria-label={t('generate.newChat')}>
+        <Icon name="plus" />
+      </ActionIcon>
+    );
+  }
   return (
     <Button
       variant="subtle"

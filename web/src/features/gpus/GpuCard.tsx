@@ -52,7 +52,10 @@ export function GpuCard({ gpu }: { gpu: Gpu }) {
       ),
     ],
     [t('gpus.requests'), gpu.active_requests],
-    [t('gpus.tunnel'), gpu.tunnel],
+    [
+      t('gpus.tunnel'),
+      i18n.exists(`gpus.tunnel_${gpu.tunnel}`) ? t(`gpus.tunnel_${gpu.tunnel}` as 'gpus.tunnel_none') : gpu.tunnel,
+    ],
     ...(gpu.runtime_ends_at
       ? [[t('gpus.ends'), clockTime(gpu.runtime_ends_at, i18n.language)] as [string, ReactNode]]
       : []),

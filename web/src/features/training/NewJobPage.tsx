@@ -112,9 +112,6 @@ export function NewJobPage() {
             <Finer form={form} set={set} />
           </Card>
           <Card>
-            <Fold title={t('training.stepHyper')} mark={HYPER.some((name) => form.hyper[name] !== null)}>
-              <Hyperparameters form={form} set={set} />
-            </Fold>
             <TextInput
               label={t('training.suffix')}
               description={t('training.suffixText')}
@@ -126,6 +123,9 @@ export function NewJobPage() {
               spellCheck={false}
               autoComplete="off"
             />
+            <Fold title={t('training.stepHyper')} mark={HYPER.some((name) => form.hyper[name] !== null)}>
+              <Hyperparameters form={form} set={set} />
+            </Fold>
           </Card>
         </div>
         <aside className={css.summary} aria-label={t('training.preview')}>

@@ -321,6 +321,8 @@ export const en = {
     requests: 'Live requests',
     ends: 'Runtime ends',
     tunnel: 'Way to it',
+    tunnel_none: 'its own address',
+    tunnel_relay: 'it dials out to the relay',
     past: 'Gone GPUs',
     connect: 'Connect a GPU',
     connect1: 'Open a notebook with a GPU',

@@ -320,6 +320,8 @@ export const ko: Words<typeof en> = {
     requests: '처리 중인 요청',
     ends: '런타임 종료',
     tunnel: '연결 방식',
+    tunnel_none: '자체 주소',
+    tunnel_relay: '릴레이로 먼저 접속',
     past: '사라진 GPU',
     connect: 'GPU 연결하기',
     connect1: 'GPU가 있는 노트북을 여세요',
