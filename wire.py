@@ -276,6 +276,7 @@ HEADER_TIME = "x-imfine-time"
 HEADER_NONCE = "x-imfine-nonce"
 HEADER_BODY = "x-imfine-body-sha256"
 HEADER_SIGNATURE = "x-imfine-signature"
+HEADER_CALLER = "x-imfine-caller"  # not signed: whom the relay speaks for, opaque; the gpu is fair between callers
 
 
 class BadSignature(Exception):

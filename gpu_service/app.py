@@ -24,7 +24,7 @@ from gpu_service.device import Device
 from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
 from gpu_service.gate import Gate, Identity
 from gpu_service.models import Models, Source
-from gpu_service.text import Finish, Piece
+from gpu_service.text import Event, Finish, Piece
 from gpu_service.worker import AdapterFiles, Generation, Worker
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class _Routes:
                           special=False, param="messages")  # fmt: skip
 
         prompt = await self._off_loop(tokens)
-        return await self._answer(request, body, source, tuned, prompt, "messages", chat=True)
+        return await self._answer(request, body, source, tuned, prompt, "messages")
 
     async def completion(self, request: Request) -> Response:
         body = bodies.parse(bodies.CompletionBody, await self._p.gate.admit(request))
@@ -136,7 +136,7 @@ class _Routes:
             raise BadRequest(
                 "prompt is empty, and this model has no token to begin with: give some text.", param="prompt"
             )
-        return await self._answer(request, body, source, tuned, prompt, "prompt", chat=False)
+        return await self._answer(request, body, source, tuned, prompt, "prompt")
 
     async def _answer(
         self,
@@ -146,8 +146,6 @@ class _Routes:
         tuned: Tuned | None,
         prompt: list[int],
         param: str,
-        *,
-        chat: bool,
     ) -> Response:
         room = source.context_tokens - len(prompt)
         if room < 1:
@@ -156,18 +154,22 @@ class _Routes:
             base_model=source.id,
             adapter=tuned.adapter if tuned else None,
             prompt=prompt,
-            sampling=body.sampling(min(room, body.wanted_tokens or room)),
+            sampling=body.sampling(min(room, body.wanted_tokens), source.config.vocab_size, body.wanted_logprobs),
             dials=body.dials_for(source.tensors, source.n_layers),
+            n=body.n or 1,
+            caller=request.headers.get(wire.HEADER_CALLER, ""),
+            alone=body.deterministic,
         )
-        shape = bodies.AnswerShape.new(chat, body.model)
-        pieces = self._p.worker.generate(wanted)
-        # The first piece comes before the status is sent, so that what fails at the start has a status of its own.
-        first = await _unless_gone(request, anext(pieces))
+        shape = bodies.AnswerShape.new(isinstance(body, bodies.ChatBody), body.model, source.token_text)
+        echo = body.text() if isinstance(body, bodies.CompletionBody) and body.echo else ""
+        events = self._p.worker.generate(wanted)
+        # The first event comes before the status is sent, so that what fails at the start has a status of its own.
+        first = await _unless_gone(request, anext(events))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            frames = _frames(shape, first, pieces, usage)
+            frames = _frames(shape, _with(first, events), wanted.n, echo, usage)
             return StreamingResponse(frames, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        return JSONResponse(await _unless_gone(request, _whole(shape, first, pieces)))
+        return JSONResponse(await _unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo)))
 
     async def _resolve(self, model: str) -> tuple[Source, Tuned | None]:
         """Raises NoSuchModel, naming those that exist."""
@@ -182,31 +184,48 @@ class _Routes:
         return await asyncio.get_running_loop().run_in_executor(self._p.tokenizing, work)
 
 
-async def _whole(
-    shape: bodies.AnswerShape, first: Piece | Finish, pieces: AsyncIterator[Piece | Finish]
-) -> dict[str, Any]:
-    text, item = "", first
-    while isinstance(item, Piece):
-        text += item.text
-        item = await anext(pieces)
-    return shape.whole(text, item)
+async def _with(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """The events, the first of which has been taken already."""
+    async with aclosing(events):  # type: ignore[type-var]
+        yield first
+        async for event in events:
+            yield event
+
+
+async def _whole(shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int, echo: str) -> dict[str, Any]:
+    answers, finishes = [bodies.Answer(echo) for _ in range(n)], []
+    async with aclosing(events):  # type: ignore[type-var]
+        async for event in events:
+            answer = answers[event.index]
+            if isinstance(event, Piece):
+                answer.text += event.text
+                answer.drawn += event.drawn
+            else:
+                answer.reason = event.reason
+                finishes.append(event)
+    return shape.whole(answers, finishes)
 
 
 async def _frames(
-    shape: bodies.AnswerShape, first: Piece | Finish, pieces: Any, include_usage: bool
+    shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int, echo: str, include_usage: bool
 ) -> AsyncIterator[bytes]:
     """Server-sent events. An error after the first one is an event of its own, and no [DONE] follows it."""
-    async with aclosing(pieces):
+    finishes = []
+    async with aclosing(events):  # type: ignore[type-var]
         try:
-            if opening := shape.first():
-                yield _frame(opening)
-            item = first
-            while isinstance(item, Piece):
-                yield _frame(shape.piece(item.text))
-                item = await anext(pieces)
-            yield _frame(shape.last(item))
+            for index in range(n):
+                if opening := shape.first(index):
+                    yield _frame(opening)
+                if echo:
+                    yield _frame(shape.piece(index, echo))
+            async for event in events:
+                if isinstance(event, Finish):
+                    finishes.append(event)
+                    yield _frame(shape.last(event))
+                else:
+                    yield _frame(shape.piece(event.index, event.text, event.drawn))
             if include_usage:
-                yield _frame(shape.usage_only(item))
+                yield _frame(shape.usage_only(finishes))
             yield b"data: [DONE]\n\n"
         except GpuError as exc:
             yield _frame(exc.body())

@@ -8,6 +8,7 @@ https://platform.openai.com/docs/api-reference/chat
 import json
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,7 +21,8 @@ from gpu_service.errors import BadRequest, NotYet
 from gpu_service.layers import TensorInfo
 from gpu_service.models import Source
 from gpu_service.rows import Dials
-from gpu_service.text import Finish, Sampling
+from gpu_service.sampling import Drawn, Sampling
+from gpu_service.text import Finish
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"} | {
     "prompt_cache_retention",
@@ -29,21 +31,16 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
     "verbosity",
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
 }
 PREVIEW_ROWS, PREVIEW_TOKENS = 4, 256  # the micro-batch whose memory a preview states
+MOST_ANSWERS = 8  # to one prompt
+DEFAULT_CHAT_TOKENS = 2048  # an answer ends here when the caller names no limit, for its memory is set aside at once
 DEFAULT_COMPLETION_TOKENS = 16  # as the OpenAI API has it for /v1/completions
 
 Gain = Annotated[float, Field(ge=0, le=100)]
@@ -105,6 +102,15 @@ class GenerationBody(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=300)
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = None
+    ignore_eos: bool = False
+    deterministic: bool = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -135,31 +141,57 @@ class GenerationBody(Body):
         except BadRequest as exc:
             raise BadRequest(exc.message, param="dials", code=exc.code) from exc
 
-    def sampling(self, max_tokens: int) -> Sampling:
+    def sampling(self, max_tokens: int, vocab: int, top_logprobs: int | None) -> Sampling:
+        """Raises BadRequest for a token that the model lacks."""
+        bias = {}
+        for token, value in (self.logit_bias or {}).items():
+            if not token.isdecimal() or int(token) >= vocab:
+                raise BadRequest(f"'{token[:50]}' is no token: they are 0 to {vocab - 1}.", param="logit_bias")
+            bias[int(token)] = value
         return Sampling(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=bias,
             seed=self.seed,
             stop=self.stop_strings,
+            ignore_eos=self.ignore_eos,
+            top_logprobs=top_logprobs,
         )
 
 
 class ChatBody(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def wanted_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionBody(GenerationBody):
     prompt: str | list[str]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool = False
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def wanted_tokens(self) -> int:
         return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
 
     def text(self) -> str:
         if isinstance(self.prompt, str):
@@ -244,55 +276,96 @@ def parse(kind: type[AnyModel], raw: bytes) -> AnyModel:
         raise BadRequest(message, param=param) from exc
 
 
+@dataclass
+class Answer:
+    """One of the answers to a prompt, as it grows."""
+
+    text: str = ""
+    drawn: tuple[Drawn, ...] = ()
+    reason: str | None = None
+
+
 @dataclass(frozen=True)
 class AnswerShape:
     """How one endpoint's answers look; chat and completions differ in little else."""
 
     chat: bool
     model: str
+    token_text: Callable[[int], str]
     id: str
     created: int
 
     @classmethod
-    def new(cls, chat: bool, model: str) -> "AnswerShape":
-        return cls(chat, model, f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time()))
+    def new(cls, chat: bool, model: str, token_text: Callable[[int], str]) -> "AnswerShape":
+        prefix = "chatcmpl" if chat else "cmpl"
+        return cls(chat, model, token_text, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
 
-    def whole(self, text: str, finish: Finish) -> dict[str, Any]:
-        content: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        )
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish.reason}
+    def whole(self, answers: Sequence[Answer], finishes: Sequence[Finish]) -> dict[str, Any]:
+        choices = []
+        for index, answer in enumerate(answers):
+            content: dict[str, Any] = (
+                {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+                if self.chat
+                else {"text": answer.text}
+            )
+            logprobs = self._logprobs(answer.drawn)
+            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": answer.reason})
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": usage(finish)}
+        return {**self._head(kind), "choices": choices, "usage": usage(finishes)}
 
-    def first(self) -> dict[str, Any] | None:
-        return self._chunk({"role": "assistant", "content": ""}) if self.chat else None
+    def first(self, index: int) -> dict[str, Any] | None:
+        return self._chunk(index, {"role": "assistant", "content": ""}) if self.chat else None
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text} if self.chat else text)
+    def piece(self, index: int, text: str, drawn: tuple[Drawn, ...] = ()) -> dict[str, Any]:
+        return self._chunk(index, {"content": text} if self.chat else text, drawn=drawn)
 
     def last(self, finish: Finish) -> dict[str, Any]:
-        return self._chunk({} if self.chat else "", finish.reason)
+        return self._chunk(finish.index, {} if self.chat else "", reason=finish.reason)
 
-    def usage_only(self, finish: Finish) -> dict[str, Any]:
-        return {**self._head(self._chunk_kind), "choices": [], "usage": usage(finish)}
+    def usage_only(self, finishes: Sequence[Finish]) -> dict[str, Any]:
+        return {**self._head(self._chunk_kind), "choices": [], "usage": usage(finishes)}
 
     @property
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, content: dict[str, Any] | str, reason: str | None = None) -> dict[str, Any]:
+    def _chunk(
+        self, index: int, content: dict[str, Any] | str, *, drawn: tuple[Drawn, ...] = (), reason: str | None = None
+    ) -> dict[str, Any]:
         name = "delta" if self.chat else "text"
-        choice = {"index": 0, name: content, "logprobs": None, "finish_reason": reason}
+        choice = {"index": index, name: content, "logprobs": self._logprobs(drawn), "finish_reason": reason}
         return {**self._head(self._chunk_kind), "choices": [choice]}
+
+    def _logprobs(self, drawn: tuple[Drawn, ...]) -> dict[str, Any] | None:
+        if not drawn:
+            return None
+        if self.chat:
+            content = []
+            for d in drawn:
+                top = [self._named(token, logprob) for token, logprob in d.top]
+                content.append({**self._named(d.token, d.logprob), "top_logprobs": top})
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [self.token_text(d.token) for d in drawn],
+            "token_logprobs": [d.logprob for d in drawn],
+            "top_logprobs": [{self.token_text(token): logprob for token, logprob in d.top} for d in drawn],
+            "text_offset": None,
+        }
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-def usage(finish: Finish) -> dict[str, int]:
+def usage(finishes: Sequence[Finish]) -> dict[str, Any]:
+    """The prompt was read once, however many answers it has."""
+    prompt, completion = finishes[0].prompt_tokens, sum(f.completion_tokens for f in finishes)
     return {
-        "prompt_tokens": finish.prompt_tokens,
-        "completion_tokens": finish.completion_tokens,
-        "total_tokens": finish.prompt_tokens + finish.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": finishes[0].cached_tokens},
     }

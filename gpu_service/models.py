@@ -58,6 +58,9 @@ class Source:
         """The output head is the embedding matrix."""
         return bool(self.config.tie_word_embeddings)
 
+    def token_text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
     def cost(self, selection: Selection, rows: int, tokens: int, bytes_per_param: int) -> Estimate:
         """What training `selection` takes in memory, with micro-batches of `rows` x `tokens`."""
         return estimate(

@@ -17,12 +17,17 @@ from gpu_service.artifacts import Lora
 
 @dataclass(frozen=True)
 class Dials:
-    """Multipliers by layer for one row; 1.0 is the model as it is. The final norm takes `eps_final`."""
+    """Multipliers by layer for one row; 1.0 is the model as it is, and a row that turns none has no `Dials`."""
 
     eps: tuple[float, ...]  # on the norms' epsilon
     attn: tuple[float, ...]  # on what the attention block adds to the residual stream
     mlp: tuple[float, ...]  # on what the MLP block adds
-    eps_final: float
+    eps_final: float  # of the norm behind the last layer
+
+    @classmethod
+    def plain(cls, n_layers: int) -> "Dials":
+        ones = (1.0,) * n_layers
+        return cls(ones, ones, ones, 1.0)
 
     @property
     def neutral(self) -> bool:
@@ -30,27 +35,58 @@ class Dials:
 
 
 class Rows:
-    """`full` replaces whole tensors by name; `lora` adds low-rank updates. Both may require gradients."""
+    """The rows of one batch. `full` replaces whole tensors, for all rows alike; dials and LoRA adapters are by row.
+
+    LoRA of several adapters is one pair of matrix products: their A's lie side by side, (sum of ranks, in), and a mask
+    lets each row see its own adapter's share and nothing of the others. A row without an adapter has an empty share.
+    """
 
     def __init__(
         self,
         weights: Mapping[str, Tensor],
         *,
         full: Mapping[str, Tensor] | None = None,
-        lora: Mapping[str, Lora] | None = None,
-        dials: Sequence[Dials] | None = None,  # one a row
+        lora: Sequence[Mapping[str, Lora] | None] = (),  # by row; a single one stands for every row
+        dials: Sequence[Dials | None] = (),  # by row
     ) -> None:
         self._weights = weights
         self._full = full or {}
-        self._lora = lora or {}
         self._gains: dict[str, Tensor] = {}
-        if dials and not all(d.neutral for d in dials):
-            device = next(iter(weights.values())).device
+        self._device = next(iter(weights.values())).device
+        if any(d is not None for d in dials):
+            n_layers = next(len(d.attn) for d in dials if d is not None)
+            all_dials = [d or Dials.plain(n_layers) for d in dials]
             self._gains = {
-                "eps": torch.tensor([(*d.eps, d.eps_final) for d in dials], device=device).T[..., None, None],
-                "attn": torch.tensor([d.attn for d in dials], device=device).T[..., None, None],
-                "mlp": torch.tensor([d.mlp for d in dials], device=device).T[..., None, None],
-            }  # each (L, B, 1, 1); eps has one more for the final norm
+                "eps": self._by_layer([(*d.eps, d.eps_final) for d in all_dials]),
+                "attn": self._by_layer([d.attn for d in all_dials]),
+                "mlp": self._by_layer([d.mlp for d in all_dials]),
+            }
+        self._lora: Mapping[str, Lora] = {}  # one adapter for every row
+        self._shared: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # several: A's, B's, mask (B, 1, sum of ranks)
+        distinct = list({id(adapter): adapter for adapter in lora if adapter}.values())
+        if distinct and all(adapter is distinct[0] for adapter in lora):
+            self._lora = distinct[0]
+        elif distinct:
+            self._share(distinct, lora)
+
+    def _by_layer(self, values: Sequence[Sequence[float]]) -> Tensor:
+        """(L, B, 1, 1): a number for each layer and row, to multiply (B, T, D)."""
+        return torch.tensor(values, device=self._device).T[..., None, None]
+
+    def _share(self, distinct: Sequence[Mapping[str, Lora]], by_row: Sequence[Mapping[str, Lora] | None]) -> None:
+        masks: dict[tuple[object, ...], Tensor] = {}  # most tensors have the same ranks and scales
+        for name in dict.fromkeys(name for adapter in distinct for name in adapter):
+            parts = [(adapter, adapter[name]) for adapter in distinct if name in adapter]
+            layout = tuple((id(adapter), pair.a.shape[0], pair.scale) for adapter, pair in parts)
+            if layout not in masks:
+                rows = [
+                    [pair.scale if adapter is mine else 0.0 for adapter, pair in parts for _ in range(pair.a.shape[0])]
+                    for mine in by_row
+                ]
+                masks[layout] = torch.tensor(rows, device=self._device)[:, None]
+            a = torch.cat([pair.a for _, pair in parts])
+            b = torch.cat([pair.b for _, pair in parts], dim=1)
+            self._shared[name] = (a, b, masks[layout].to(a.dtype))
 
     def weight(self, name: str) -> Tensor:
         full = self._full.get(name)
@@ -60,15 +96,19 @@ class Rows:
         return full.to(self._weights[name].dtype)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        """x (..., in) -> (..., out) by `<name>.weight`, `<name>.bias` where there is one, and the row's LoRA."""
+        """x (B, T, in) -> (B, T, out) by `<name>.weight`, `<name>.bias` where there is one, and the rows' LoRA."""
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._weights else None
-        y = F.linear(x, self.weight(f"{name}.weight"), bias)
-        lora = self._lora.get(f"{name}.weight")
-        if lora is not None:
-            y = y + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype)) * lora.scale
+        return self._adapted(F.linear(x, self.weight(f"{name}.weight"), bias), x, name)
+
+    def _adapted(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        if lora := self._lora.get(f"{name}.weight"):
+            return y + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype)) * lora.scale
+        if shared := self._shared.get(f"{name}.weight"):
+            a, b, mask = shared
+            return y + F.linear(F.linear(x, a) * mask, b)
         return y
 
-    def norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
+    def rms_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
         """RMSNorm over the last dimension, in fp32 as the models were trained. `layer` -1 is the final norm."""
         scale = eps * self._gains["eps"][layer] if self._gains else eps  # (B, 1, 1) or a number
         wide = x.float()

@@ -1,12 +1,14 @@
-"""What runs next on the device: one step for the text rows, or one slice of training. Plain Python, no torch.
+"""What runs next on the device, and who may begin. Plain Python, no torch.
 
-Stride scheduling (Waldspurger and Weihl, 1995): each kind of work has a share of device time, and whoever is furthest
-behind its share goes next. So chat waits for one slice of training at most, and chat can't starve training.
+Device time is shared by stride scheduling (Waldspurger and Weihl, 1995): each kind of work has a share, and whoever is
+furthest behind its share goes next. So chat waits for one slice of training at most, and chat can't starve training.
 """
 
-from typing import Literal
+from collections import OrderedDict, deque
+from typing import Generic, Literal, TypeVar
 
 Kind = Literal["text", "train"]
+T = TypeVar("T")
 
 
 class Scheduler:
@@ -15,16 +17,69 @@ class Scheduler:
         assert 0 < train_share < 1
         self._share: dict[Kind, float] = {"text": 1 - train_share, "train": train_share}
         self._spent: dict[Kind, float] = {"text": 0.0, "train": 0.0}  # device seconds over share
-        self._ready: set[Kind] = set()
+        self._ready: list[Kind] = []
 
     def choose(self, *, text: bool, train: bool) -> Kind | None:
         """None when there is nothing to do. Of two equally far behind, text goes first: somebody is waiting."""
-        ready: set[Kind] = {kind for kind, is_ready in (("text", text), ("train", train)) if is_ready}  # type: ignore[misc]
-        for kind in ready - self._ready:
-            # Who was idle has no claim to the time that passed meanwhile.
-            self._spent[kind] = max([self._spent[kind], *(self._spent[k] for k in self._ready & ready)])
+        ready: list[Kind] = [*(["text"] if text else []), *(["train"] if train else [])]  # type: ignore[list-item]
+        for kind in ready:
+            if kind not in self._ready:
+                # Who was idle has no claim to the time that passed meanwhile.
+                others = [self._spent[other] for other in self._ready if other in ready]
+                self._spent[kind] = max([self._spent[kind], *others])
         self._ready = ready
-        return min(sorted(ready), key=lambda kind: self._spent[kind], default=None)
+        return min(ready, key=lambda kind: self._spent[kind], default=None)
 
     def ran(self, kind: Kind, seconds: float) -> None:
         self._spent[kind] += seconds / self._share[kind]
+
+
+class Admission(Generic[T]):
+    """Who waits and who may begin: in order, fair between callers, within a budget of bytes.
+
+    Callers take turns. A request that does not fit yet holds the line until it does, so that a long one is not passed
+    over for ever by short ones. What can never fit must not be asked for.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.held_bytes = 0
+        self._waiting: OrderedDict[str, deque[tuple[T, int]]] = OrderedDict()  # by caller, whose turn it is first
+        self._held: dict[int, int] = {}  # id of an admitted request -> bytes
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._waiting.values())
+
+    def ask(self, request: T, caller: str, n_bytes: int) -> None:
+        assert n_bytes <= self.budget_bytes
+        self._waiting.setdefault(caller, deque()).append((request, n_bytes))
+
+    def next(self) -> T | None:
+        """The next that may begin now; it holds its bytes until it is `done`."""
+        if not self._waiting:
+            return None
+        caller, line = next(iter(self._waiting.items()))
+        request, n_bytes = line[0]
+        if self.held_bytes + n_bytes > self.budget_bytes:
+            return None
+        line.popleft()
+        if line:
+            self._waiting.move_to_end(caller)
+        else:
+            del self._waiting[caller]
+        self._held[id(request)] = n_bytes
+        self.held_bytes += n_bytes
+        return request
+
+    def done(self, request: T) -> None:
+        """Ended, whether it began or not."""
+        self.held_bytes -= self._held.pop(id(request), 0)
+        for caller, line in list(self._waiting.items()):
+            kept = deque(entry for entry in line if entry[0] is not request)
+            if len(kept) < len(line):
+                self._waiting[caller] = kept
+                if not kept:
+                    del self._waiting[caller]
+
+    def waiting(self) -> list[T]:
+        return [request for line in self._waiting.values() for request, _ in line]

@@ -1,6 +1,7 @@
 """Settings of the gpu service. The only file here that reads the environment; read once, at start."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,18 @@ TABLE: dict[str, str] = {
     "GPU_RELAY_URL": "The relay to enrol with. Without it the service stands alone.",
     "GPU_ENROL_TOKEN": "The relay's enrol token.",
     "GPU_NAME": "How the relay calls this gpu in lists; the host name by default.",
-    "GPU_TUNNEL": "How the relay reaches this gpu: `none` (by GPU_PUBLIC_URL).",
+    "GPU_TUNNEL": "How others reach this gpu: `ngrok`, `cloudflared`, `relay` or `none`; see docs/tunnels.md.",
     "GPU_PUBLIC_URL": "With the tunnel `none`: the URL at which the relay reaches this service.",
+    "NGROK_AUTHTOKEN": "Token of an ngrok account, for the tunnel `ngrok`.",
+    "GPU_NGROK_DOMAIN": "A domain reserved at ngrok, so that the public URL stays the same.",
+    "GPU_RUNTIME_ENDS_AT": "When this runtime ends, in unix seconds, where it is known; shown, and told to the relay.",
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "HF_TOKEN": "Hugging Face token, for models that ask for one.",
 }
+
+
+TUNNELS = ("none", "ngrok", "cloudflared", "relay")
 
 
 class BadSetting(Exception):
@@ -38,14 +45,17 @@ class Settings:
     name: str | None = None
     tunnel: str = "none"
     public_url: str | None = None
+    ngrok_token: str | None = None
+    ngrok_domain: str | None = None
+    runtime_ends_at: float | None = None
     device: str | None = None
     precision: str | None = None
     hf_token: str | None = None
 
     max_body_bytes: int = 8 * 2**20
-    max_waiting: int = 64  # generations under way or waiting; past it 429
+    max_waiting: int = 256  # generations under way or waiting; past it 429
     train_share: float = 0.5  # of device time, while others chat
-    prefill_chunk_tokens: int = 512  # of one prompt, before the other rows get their turn
+    kv_share: float = 0.3  # of the memory that is free at start, for keys and values
     adapter_cache_bytes: int = 2 * 2**30  # of adapters held in memory
     blob_cache_bytes: int = 20 * 2**30  # of fetched files on disk
 
@@ -69,6 +79,16 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     if relay_url and not token:
         raise BadSetting("GPU_RELAY_URL is set and GPU_ENROL_TOKEN is not: the relay wrote it to enrol.token")
     public_url = text("GPU_PUBLIC_URL")
+    tunnel = one_of("GPU_TUNNEL", *TUNNELS) or _tunnel(env)
+    if public_url and tunnel != "none":
+        raise BadSetting(f"GPU_PUBLIC_URL goes with GPU_TUNNEL=none; '{tunnel}' finds its own")
+    if tunnel == "relay" and not relay_url:
+        raise BadSetting("GPU_TUNNEL is 'relay' and GPU_RELAY_URL is not set: there is no relay to dial")
+    if tunnel == "ngrok" and not text("NGROK_AUTHTOKEN"):
+        raise BadSetting("GPU_TUNNEL is 'ngrok' and NGROK_AUTHTOKEN is not set: copy it from dashboard.ngrok.com")
+    ends_at = text("GPU_RUNTIME_ENDS_AT")
+    if ends_at and not ends_at.replace(".", "", 1).isdigit():
+        raise BadSetting(f"GPU_RUNTIME_ENDS_AT is '{ends_at}': use unix seconds")
     return Settings(
         host=text("GPU_HOST") or "127.0.0.1",
         port=int(port),
@@ -78,9 +98,23 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
         relay_url=relay_url.rstrip("/") if relay_url else None,
         enrol_token=token,
         name=text("GPU_NAME"),
-        tunnel=one_of("GPU_TUNNEL", "none") or "none",
+        tunnel=tunnel,
+        ngrok_token=text("NGROK_AUTHTOKEN"),
+        ngrok_domain=text("GPU_NGROK_DOMAIN"),
+        runtime_ends_at=float(ends_at) if ends_at else None,
         public_url=public_url.rstrip("/") if public_url else None,
         device=one_of("GPU_DEVICE", "cpu", "cuda", "mps"),
         precision=one_of("GPU_PRECISION", "fp32", "bf16", "fp16"),
         hf_token=text("HF_TOKEN"),
     )
+
+
+def _tunnel(env: Mapping[str, str]) -> str:
+    """What there is, the most settled first."""
+    if env.get("GPU_PUBLIC_URL", "").strip():
+        return "none"
+    if env.get("NGROK_AUTHTOKEN", "").strip():
+        return "ngrok"
+    if env.get("GPU_RELAY_URL", "").strip():
+        return "relay"
+    return "cloudflared" if shutil.which("cloudflared", path=env.get("PATH")) else "none"

@@ -1,196 +1,300 @@
-"""One step for all text rows: prefill or decode, sampling, stopping, and text that is fit to be shown.
+"""All text rows: they join and leave between steps, each with its own sampling, dials and adapter.
 
-Runs on the device thread and knows nothing of threads or HTTP: a row is given a `send` and a `cancelled` to ask.
+A step gives every decoding row its next token in one forward pass per group, and reads one chunk of one waiting prompt,
+so that a long prompt does not hold the others up. Rows share a group when they share weights: one base model, and one
+adapter where it replaces whole tensors; LoRA and dials differ by row within a group.
+
+Runs on the device thread and knows nothing of threads or HTTP.
 """
 
 import logging
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gpu_service.artifacts import Adapter
+from gpu_service.cache import Pool, RowCache, Slot, class_tokens
+from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import translate
-from gpu_service.llama import KVCache, Llama
-from gpu_service.rows import Rows
+from gpu_service.llama import Llama
+from gpu_service.reuse import Reuse
+from gpu_service.rows import Dials, Rows
+from gpu_service.sampling import Drawn, Sampler, Sampling
+from gpu_service.scheduler import Admission
 
 log = logging.getLogger(__name__)
-
-FIRST_CAPACITY_TOKENS = 128  # room for the answer that a row's cache starts with; it doubles as needed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    max_tokens: int
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text to be shown. Whole characters only, and never part of a stop string."""
+    """Text to be shown: whole characters only, never part of a stop string. `drawn`: the tokens behind it, if asked."""
 
+    index: int  # of the answer, where several were asked for
     text: str
+    drawn: tuple[Drawn, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finish:
+    index: int
     reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int  # of the prompt: read in an earlier turn
 
 
-class Row:
-    """One sequence: what it has read, what it has written, and how it goes on."""
+Event = Piece | Finish
 
-    def __init__(
-        self,
-        decoder: Llama,
-        rows: Rows,
-        prompt: list[int],
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        tokenizer: Any,
-        *,
-        send: Callable[[Piece | Finish | BaseException], None],
-        cancelled: Callable[[], bool],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        assert prompt
-        assert sampling.max_tokens > 0
-        self.send, self.cancelled = send, cancelled
-        self._decoder, self._rows, self._sampling, self._stop_ids = decoder, rows, sampling, stop_ids
-        self._pending = prompt  # tokens that the model has not seen yet
-        self._prompt_tokens = len(prompt)
+
+@dataclass(frozen=True)
+class Served:
+    """A base model as it is served."""
+
+    model: str
+    decoder: Llama
+    weights: Mapping[str, Tensor]
+    tokenizer: Any
+    stop_ids: frozenset[int]
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one caller asks for: `n` answers to one prompt."""
+
+    served: Served
+    adapter: Adapter | None
+    adapter_id: str | None  # by content
+    dials: Dials | None
+    prompt: list[int]
+    sampling: Sampling
+    n: int = 1
+    caller: str = ""  # requests of one caller wait for each other, not for everybody
+    alone: bool = False  # not batched with anybody, so that a seed repeats in any precision
+    send: Callable[[Event | BaseException], None]
+    cancelled: Callable[[], bool]
+
+    @property
+    def group(self) -> Hashable:
+        whole = self.adapter_id if self.adapter and self.adapter.full else None
+        return self.served.model, whole, id(self) if self.alone else None
+
+    @property
+    def computes(self) -> Hashable:
+        """Equal for two requests whose keys and values for the same tokens are the same."""
+        return self.served.model, self.adapter_id, self.dials
+
+
+class _Row:
+    """One answer under way."""
+
+    def __init__(self, request: Request, index: int, cached_tokens: int) -> None:
+        self.request, self.index = request, index
+        self.tokens = list(request.prompt)  # the last one is not in the cache yet
+        self.sampler = Sampler(request.sampling, request.prompt, index)
+        self._cached_tokens = cached_tokens
+        self._words = Detokenizer(request.served.text, request.sampling.stop)
+        self._untold: list[Drawn] = []  # tokens whose text is held back
         self._written = 0
-        self._cache = KVCache(decoder.shape, 1, len(prompt) + FIRST_CAPACITY_TOKENS, dtype, device)
-        self._device = device
-        # A row's own generator: seeded rows repeat, and nothing here touches the global random state of training.
-        self._random = torch.Generator().manual_seed(secrets.randbits(62) if sampling.seed is None else sampling.seed)
-        self._detokenizer = Detokenizer(tokenizer, sampling.stop)
 
-    def step(self, prefill_chunk_tokens: int) -> bool:
-        """Read a chunk of the prompt, or write one token. True when the row has ended."""
-        chunk, self._pending = self._pending[:prefill_chunk_tokens], self._pending[prefill_chunk_tokens:]
-        held = self._prompt_tokens + self._written - len(chunk) - len(self._pending)
-        self._cache.reserve(held + len(chunk))
-        ids = torch.tensor([chunk], device=self._device)
-        h = self._decoder.layers(
-            self._decoder.embed(ids, self._rows), 0, self._decoder.shape.n_layers, self._rows, cache=self._cache
-        )
-        self._cache.lengths += len(chunk)
-        if self._pending:
-            return False
-        return self._write(sample(self._decoder.head(h[:, -1:], self._rows)[0, 0], self._sampling, self._random))
-
-    def _write(self, token: int) -> bool:
+    def write(self, drawn: Drawn) -> bool:
+        """Take a token in, and show what can be shown. True when the answer has ended."""
+        s = self.request.sampling
+        self.tokens.append(drawn.token)
         self._written += 1
-        stopped = token in self._stop_ids
-        text, stopped_by_text = ("", False) if stopped else self._detokenizer.add(token)
+        ended = drawn.token in self.request.served.stop_ids and not s.ignore_eos
+        text, met_stop = ("", False) if ended else self._words.add(drawn.token)
+        if s.top_logprobs is not None and not ended:
+            self._untold.append(drawn)
+        full = self._written == s.max_tokens
+        if (ended or full) and not met_stop:
+            text += self._words.rest()
         if text:
-            self.send(Piece(text))
-        if not (stopped or stopped_by_text) and self._written < self._sampling.max_tokens:
-            self._pending = [token]
+            self.request.send(Piece(self.index, text, tuple(self._untold)))
+            self._untold = []
+        if not (ended or met_stop or full):
             return False
-        if not stopped_by_text and (rest := self._detokenizer.rest()):
-            self.send(Piece(rest))
-        reason: Literal["stop", "length"] = "stop" if stopped or stopped_by_text else "length"
-        self.send(Finish(reason, self._prompt_tokens, self._written))
+        reason: Literal["stop", "length"] = "stop" if ended or met_stop else "length"
+        n_prompt = len(self.request.prompt)
+        self.request.send(Finish(self.index, reason, n_prompt, self._written, self._cached_tokens))
         return True
 
 
-class Engine:
-    """All rows that are under way."""
+class _Reader:
+    """A request whose prompt is being read, for all of its answers at once."""
 
-    def __init__(self, prefill_chunk_tokens: int) -> None:
-        self._prefill_chunk_tokens = prefill_chunk_tokens
-        self._rows: list[Row] = []
+    def __init__(self, request: Request, cache: RowCache) -> None:
+        self.request, self.cache = request, cache
+        self.cached_tokens = cache.length
+        self.rows = _rows([request])
+
+    def read(self, chunk_tokens: int) -> Tensor | None:
+        """Logits (V,) behind the prompt once it is all read."""
+        served, prompt = self.request.served, self.request.prompt
+        chunk = prompt[self.cache.length : self.cache.length + chunk_tokens]
+        ids = torch.tensor([chunk], device=self.cache.keys[0].device)
+        attention = self.cache.reading(len(chunk))
+        h = served.decoder.embed(ids, self.rows, attention)
+        h = served.decoder.layers(h, 0, served.decoder.shape.n_layers, self.rows, attention)
+        if self.cache.length < len(prompt):
+            return None
+        return served.decoder.unembed(served.decoder.final_norm(h[:, -1:], self.rows), self.rows)[0, 0]
+
+
+class _Group:
+    """Rows that decode in one forward pass."""
+
+    def __init__(self, served: Served, pool: Pool) -> None:
+        self._served, self.pool = served, pool
+        self.rows: dict[Slot, _Row] = {}
+        self._rows_of: tuple[list[Slot], Rows] | None = None  # the batch for which `Rows` was made
+
+    def step(self) -> list[Slot]:
+        """One token for every row. Those that have ended."""
+        attention = self.pool.decoding()
+        slots = self.pool.order()
+        if self._rows_of is None or self._rows_of[0] != slots:
+            self._rows_of = slots, _rows([self.rows[slot].request for slot in slots])
+        rows, decoder = self._rows_of[1], self._served.decoder
+        ids = torch.tensor([[self.rows[slot].tokens[-1]] for slot in slots], device=attention.positions.device)
+        h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.shape.n_layers, rows, attention)
+        logits = decoder.unembed(decoder.final_norm(h, rows), rows)[:, 0]  # (B, V)
+        likeliest = logits.argmax(-1).tolist()
+        ended = []
+        for i, slot in enumerate(slots):
+            row = self.rows[slot]
+            plain = row.sampler.sampling.plain_greedy
+            if row.write(row.sampler.took(likeliest[i]) if plain else row.sampler.draw(logits[i])):
+                ended.append(slot)
+        return ended
+
+
+class Engine:
+    def __init__(self, budget_bytes: int, chunk_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        """`budget_bytes` is for keys and values; a prompt is read `chunk_tokens` a step."""
+        self._chunk_tokens, self._dtype, self._device = chunk_tokens, dtype, device
+        self._admission: Admission[Request] = Admission(budget_bytes)
+        self._reuse = Reuse()
+        self._readers: list[_Reader] = []
+        self._groups: dict[Hashable, _Group] = {}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        """Requests that wait, read or write."""
+        writing = {id(row.request) for group in self._groups.values() for row in group.rows.values()}
+        return len(self._admission) + len(self._readers) + len(writing)
 
-    def add(self, row: Row) -> None:
-        self._rows.append(row)
+    def needs_bytes(self, request: Request) -> int:
+        """For all of its answers, at their longest."""
+        geometry = request.served.decoder.geometry(self._dtype, self._device)
+        return request.n * geometry.row_bytes(len(request.prompt) + request.sampling.max_tokens)
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._admission.budget_bytes
+
+    def add(self, request: Request) -> None:
+        """It must fit the budget by itself."""
+        self._admission.ask(request, request.caller, self.needs_bytes(request))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Each row goes on by one token or one chunk. A row that fails tells its caller and leaves; others go on."""
-        self._rows = [row for row in self._rows if not self._step(row)]
-
-    def _step(self, row: Row) -> bool:
-        if row.cancelled():
-            return True
-        try:
-            return row.step(self._prefill_chunk_tokens)
-        except Exception as exc:  # a row ends here, whatever it was
-            log.exception("a text row failed")
-            row.send(translate(exc))
-            return True
+        """Rows that fail tell their callers and leave; others go on."""
+        self._drop(lambda request: request.cancelled())
+        while request := self._admission.next():
+            self._begin(request)
+        for key, group in list(self._groups.items()):
+            self._decode(key, group)
+        if self._readers:
+            self._read(self._readers[0])
 
     def fail_all(self, exc: BaseException) -> None:
-        for row in self._rows:
-            row.send(exc)
-        self._rows = []
+        requests = {id(r): r for r in self._admission.waiting()}
+        requests |= {id(r.request): r.request for r in self._readers}
+        requests |= {id(row.request): row.request for g in self._groups.values() for row in g.rows.values()}
+        for request in requests.values():
+            request.send(exc)
+            self._admission.done(request)
+        self._readers, self._groups = [], {}
+
+    def _drop(self, unwanted: Callable[[Request], bool]) -> None:
+        for request in [r for r in self._admission.waiting() if unwanted(r)]:
+            self._admission.done(request)
+        for reader in [r for r in self._readers if unwanted(r.request)]:
+            self._readers.remove(reader)
+            self._admission.done(reader.request)
+        for key, group in list(self._groups.items()):
+            for slot in [slot for slot, row in group.rows.items() if unwanted(row.request)]:
+                self._leave(key, group, slot, keep=False)
+
+    def _begin(self, request: Request) -> None:
+        geometry = request.served.decoder.geometry(self._dtype, self._device)
+        # What is kept for later turns gives way to who is here now.
+        self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
+        try:
+            cache = None if request.alone else self._reuse.find(request.computes, request.prompt, geometry)
+            cache = cache or RowCache(geometry, class_tokens(len(request.prompt)))
+            self._readers.append(_Reader(request, cache))
+        except Exception as exc:  # one request ends here, whatever it was
+            self._fail([request], exc)
+
+    def _read(self, reader: _Reader) -> None:
+        request = reader.request
+        try:
+            logits = reader.read(self._chunk_tokens)
+            if logits is None:
+                self._readers.append(self._readers.pop(0))  # the next chunk is another's turn
+                return
+            self._readers.remove(reader)
+            if request.group not in self._groups:
+                geometry = request.served.decoder.geometry(self._dtype, self._device)
+                self._groups[request.group] = _Group(request.served, Pool(geometry))
+            group = self._groups[request.group]
+            joined = [group.pool.join(reader.cache) for _ in range(request.n)]
+            group.rows |= {slot: _Row(request, i, reader.cached_tokens) for i, slot in enumerate(joined)}
+            ended = [slot for slot in joined if group.rows[slot].write(group.rows[slot].sampler.draw(logits))]
+            for slot in ended:
+                self._leave(request.group, group, slot, keep=True)
+        except Exception as exc:  # one request ends here, whatever it was
+            self._drop(lambda other: other is request)
+            self._fail([request], exc)
+
+    def _decode(self, key: Hashable, group: _Group) -> None:
+        try:
+            for slot in group.step():
+                self._leave(key, group, slot, keep=True)
+        except Exception as exc:  # the rows of this step end here, whatever it was; their memory goes with the group
+            self._groups.pop(key, None)
+            self._fail(list({id(row.request): row.request for row in group.rows.values()}.values()), exc)
+
+    def _leave(self, key: Hashable, group: _Group, slot: Slot, *, keep: bool) -> None:
+        row = group.rows.pop(slot)
+        kept = group.pool.leave(slot, keep=keep and not row.request.alone)
+        if kept:
+            self._reuse.keep(row.request.computes, tuple(row.tokens[: kept.length]), kept)
+        if not any(other.request is row.request for other in group.rows.values()):
+            self._admission.done(row.request)
+        self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
+        if not group.rows:
+            self._groups.pop(key, None)
+
+    def _fail(self, requests: list[Request], exc: BaseException) -> None:
+        log.error("text rows failed", exc_info=exc)
+        for request in requests:
+            request.send(translate(exc))
+            self._admission.done(request)
 
 
-class Detokenizer:
-    """Tokens -> text as it may be shown: whole characters, and nothing that could become a stop string."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
-        self._context, self._shown = 0, 0  # tokens from `_context` are decoded together; those before `_shown` are out
-        self._held = ""  # text that may be the beginning of a stop string
-
-    def add(self, token: int) -> tuple[str, bool]:
-        """Text that is now certain, and whether a stop string was met (it and what follows are not part of it)."""
-        self._ids.append(token)
-        new = self._decode(self._ids[self._context :])[len(self._decode(self._ids[self._context : self._shown])) :]
-        # A replacement character at the end is a character of which only some bytes have come.
-        if not new or new.endswith("\N{REPLACEMENT CHARACTER}"):
-            return "", False
-        self._context, self._shown = self._shown, len(self._ids)
-        return self._release(new)
-
-    def rest(self) -> str:
-        """What was held back, at the end of the answer."""
-        new = self._decode(self._ids[self._context :])[len(self._decode(self._ids[self._context : self._shown])) :]
-        self._context = self._shown = len(self._ids)
-        text, _ = self._release(new)
-        text, self._held = text + self._held, ""
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
-
-    def _release(self, new: str) -> tuple[str, bool]:
-        text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def sample(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    """One token from logits (V,). Drawn on the CPU, so that a seed gives the same draw on any device."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.float().cpu() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        before = ordered.cumsum(0) - ordered  # probability of all that are likelier
-        probabilities = torch.zeros_like(probabilities).scatter(0, index, ordered * (before < sampling.top_p))
-    return int(torch.multinomial(probabilities, 1, generator=random))
+def _rows(requests: list[Request]) -> Rows:
+    """The batch as the decoder asks for it. All have the same weights; that is what a group is."""
+    first = requests[0]
+    return Rows(
+        first.served.weights,
+        full=first.adapter.full if first.adapter else None,
+        lora=[r.adapter.lora if r.adapter else None for r in requests],
+        dials=[r.dials for r in requests],
+    )

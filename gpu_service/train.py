@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import wire
 from gpu_service.artifacts import Lora
+from gpu_service.cache import Whole
 from gpu_service.data import Batch, TokenStore, epoch_order
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest
@@ -159,7 +160,7 @@ def run(job: Job, base: Base, decoder: Llama, device: Device) -> Iterator[Progre
     plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
     full, lora = trainable(job.selection, base, job.seed)
     parameters = [*full.values(), *(p for pair in lora.values() for p in (pair.a, pair.b))]
-    rows = Rows(base.weights, full=full, lora=lora)
+    rows = Rows(base.weights, full=full, lora=[lora])
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
     step = tokens = 0
@@ -234,11 +235,12 @@ def summed_loss(
     ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
     n_layers = decoder.shape.n_layers
     embeds = lowest == 0 and rows.weight("model.embed_tokens.weight").requires_grad
+    attention = Whole(ids.shape[1], ids.device)
     with torch.set_grad_enabled(embeds and torch.is_grad_enabled()):
-        h = decoder.embed(ids, rows)
+        h = decoder.embed(ids, rows, attention)
     with torch.no_grad():
-        h = decoder.layers(h, 0, lowest, rows) if lowest else h
-    h = decoder.layers(h, lowest, n_layers, rows)
+        h = decoder.layers(h, 0, lowest, rows, attention) if lowest else h
+    h = decoder.layers(h, lowest, n_layers, rows, attention)
     # The hidden state at t predicts the token at t + 1; only positions with a label reach the head.
     labelled = learn[:, 1:]
     h, labels = decoder.final_norm(h, rows)[:, :-1][labelled], ids[:, 1:][labelled]  # (N, D), (N,)

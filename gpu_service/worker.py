@@ -22,15 +22,19 @@ import torch
 from gpu_service import artifacts, train
 from gpu_service.artifacts import Adapter
 from gpu_service.device import Device, translate
-from gpu_service.errors import Stopping, TooBusy
+from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
 from gpu_service.llama import Llama
 from gpu_service.models import Base, Models
-from gpu_service.rows import Dials, Rows
+from gpu_service.rows import Dials
+from gpu_service.sampling import Sampling
 from gpu_service.scheduler import Scheduler
 from gpu_service.settings import Settings
-from gpu_service.text import Engine, Finish, Piece, Row, Sampling
+from gpu_service.text import Engine, Event, Finish, Request, Served
 
 log = logging.getLogger(__name__)
+
+PREFILL_CHUNK_TOKENS = 256  # of a prompt, in one step; the others get a token in between
+PREFILL_CHUNK_TOKENS_GPU = 2048
 
 T = TypeVar("T")
 
@@ -45,20 +49,26 @@ class AdapterFiles:
 
 @dataclass(frozen=True)
 class Generation:
+    """What a caller asks for, by names."""
+
     base_model: str
     adapter: AdapterFiles | None
     prompt: list[int]
     sampling: Sampling
     dials: Dials | None
+    n: int = 1
+    caller: str = ""
+    alone: bool = False
 
 
 class Stream(Generic[T]):
     """From the device thread to one reader on the event loop. Closing it tells the device thread to stop."""
 
-    def __init__(self, is_last: Callable[[T], bool]) -> None:
+    def __init__(self, is_last: Callable[[T], bool], n_last: int = 1) -> None:
+        """Ends after `n_last` items for which `is_last` holds."""
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[T | BaseException] = asyncio.Queue()
-        self._is_last = is_last
+        self._is_last, self._n_last = is_last, n_last
         self.closed = False
 
     def send(self, item: T | BaseException) -> None:
@@ -69,14 +79,14 @@ class Stream(Generic[T]):
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def read(self) -> AsyncIterator[T]:
+        left = self._n_last
         try:
-            while True:
+            while left:
                 item = await self._queue.get()
                 if isinstance(item, BaseException):
                     raise item
+                left -= self._is_last(item)
                 yield item
-                if self._is_last(item):
-                    return
         finally:
             self.closed = True
 
@@ -116,9 +126,11 @@ class Worker:
         self._max_waiting = settings.max_waiting
         self._adapter_budget_bytes = settings.adapter_cache_bytes
         self._scheduler = Scheduler(settings.train_share)
-        self._text = Engine(settings.prefill_chunk_tokens)
+        budget_bytes = int(settings.kv_share * device.free_bytes())
+        chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
+        self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self._trainings: list[Training] = []
-        self._decoders: dict[str, Llama] = {}
+        self._served: dict[str, Served] = {}
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = self._refusing = False
@@ -146,18 +158,18 @@ class Worker:
         return self._active
 
     async def load(self, model: str) -> None:
-        await self._call(lambda: self._decoder(self._models.load(model)))
+        await self._call(lambda: self._serve(self._models.load(model)))
 
-    async def generate(self, wanted: Generation) -> AsyncIterator[Piece | Finish]:
-        """Pieces of text, then one Finish. Whoever stops reading stops the row within one step.
+    async def generate(self, wanted: Generation) -> AsyncIterator[Event]:
+        """Pieces of text, and for each answer a Finish. Whoever stops reading stops them within one step.
 
-        Raises TooBusy, OutOfMemory, and BadRequest where the adapter does not fit the model.
+        Raises TooBusy, OutOfMemory, BadRequest for what can never fit, and BadAdapter.
         """
         if self._refusing:
             raise Stopping("This gpu is stopping.")
         if self._active >= self._max_waiting:
             raise TooBusy(f"{self._active} generations are under way here: try again in a moment.")
-        stream: Stream[Piece | Finish] = Stream(lambda item: isinstance(item, Finish))
+        stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)
         self._active += 1
         try:
             self._post(lambda: self._admit(wanted, stream))
@@ -219,34 +231,36 @@ class Worker:
         except queue.Empty:
             return
 
-    def _admit(self, wanted: Generation, stream: Stream[Piece | Finish]) -> None:
+    def _admit(self, wanted: Generation, stream: Stream[Event]) -> None:
         if stream.closed:
             return
         try:
             base = self._models.load(wanted.base_model)
-            adapter = self._adapter(wanted.adapter, base) if wanted.adapter else None
-            rows = Rows(
-                base.weights,
-                full=adapter.full if adapter else None,
-                lora=adapter.lora if adapter else None,
-                dials=[wanted.dials] if wanted.dials else None,
+            request = Request(
+                served=self._serve(base),
+                adapter=self._adapter(wanted.adapter, base) if wanted.adapter else None,
+                adapter_id=wanted.adapter.id if wanted.adapter else None,
+                dials=wanted.dials,
+                prompt=wanted.prompt,
+                sampling=wanted.sampling,
+                n=wanted.n,
+                caller=wanted.caller,
+                alone=wanted.alone,
+                send=stream.send,
+                cancelled=lambda: stream.closed,
             )
-            self._text.add(
-                Row(
-                    self._decoder(base),
-                    rows,
-                    wanted.prompt,
-                    wanted.sampling,
-                    base.source.stop_ids,
-                    base.source.tokenizer,
-                    send=stream.send,
-                    cancelled=lambda: stream.closed,
-                    dtype=self._device.precision.dtype,
-                    device=self._device.torch,
+            needs, budget = self._text.needs_bytes(request), self._text.budget_bytes
+            if needs > budget:
+                raise BadRequest(
+                    f"Keys and values of this request would take {needs / 1e6:,.0f} MB, and this gpu has "
+                    f"{budget / 1e6:,.0f} MB for them: ask for fewer tokens (max_tokens) or shorten the prompt.",
+                    param="max_tokens",
+                    code="does_not_fit",
                 )
-            )
+            self._text.add(request)
         except Exception as exc:  # handed to the caller, who waits for the first token
-            log.exception("a generation could not start")
+            if not isinstance(exc, GpuError):
+                log.exception("a generation could not start")
             stream.send(translate(exc))
 
     def _slice(self, training: Training) -> None:
@@ -257,7 +271,7 @@ class Worker:
             with training.own_random_state():
                 if training.steps is None:
                     base = self._models.load(training.job.source.id)
-                    training.steps = train.run(training.job, base, self._decoder(base), self._device)
+                    training.steps = train.run(training.job, base, self._serve(base).decoder, self._device)
                 item = next(training.steps)
         except StopIteration:
             self._trainings.remove(training)
@@ -268,10 +282,12 @@ class Worker:
             item = translate(exc)
         training.stream.send(item)
 
-    def _decoder(self, base: Base) -> Llama:
-        if base.source.id not in self._decoders:
-            self._decoders[base.source.id] = Llama(base.source.config, self._device.torch)
-        return self._decoders[base.source.id]
+    def _serve(self, base: Base) -> Served:
+        source = base.source
+        if source.id not in self._served:
+            decoder = Llama(source.config, self._device.torch)
+            self._served[source.id] = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids)
+        return self._served[source.id]
 
     def _adapter(self, wanted: AdapterFiles, base: Base) -> Adapter:
         """On the device, in the base's precision; the least recently used leave when the budget is spent."""

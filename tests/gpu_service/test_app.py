@@ -42,9 +42,42 @@ async def test_the_official_client_gets_the_same_text_whole_and_streamed(client:
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason == "length"
-    assert chunks[-1].usage == whole.usage
     assert whole.usage
-    assert whole.usage.completion_tokens == 6
+    assert chunks[-1].usage
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 6
+    assert chunks[-1].usage.prompt_tokens_details
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens, "the prompt was known already"
+
+
+async def test_several_answers_with_log_probabilities_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
+    messages: Any = CHAT["messages"]
+    asked: dict[str, Any] = {"n": 2, "seed": 5, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    whole = await client.chat.completions.create(model=TINY, messages=messages, **asked)
+    stream = await client.chat.completions.create(model=TINY, messages=messages, stream=True, **asked)
+    texts, tokens = ["", ""], [0, 0]
+    async for chunk in stream:
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.delta.content or ""
+        tokens[choice.index] += len(choice.logprobs.content or []) if choice.logprobs else 0
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert texts[0] != texts[1]
+    assert tokens == [4, 4]
+    for choice in whole.choices:
+        assert choice.logprobs
+        assert choice.logprobs.content
+        assert "".join(t.token for t in choice.logprobs.content) == choice.message.content
+        for token in choice.logprobs.content:
+            assert token.logprob <= token.top_logprobs[0].logprob <= 0
+            assert len(token.top_logprobs) == 2
+
+
+async def test_echo_puts_the_prompt_before_the_completion(client: openai.AsyncOpenAI) -> None:
+    done = await client.completions.create(model=TINY, prompt="Once upon", echo=True, max_tokens=3, logprobs=1)
+    assert done.choices[0].text.startswith("Once upon")
+    assert done.choices[0].logprobs
+    assert done.choices[0].logprobs.token_logprobs
+    assert len(done.choices[0].logprobs.token_logprobs) == 3
 
 
 async def test_completions_whole_and_streamed(client: openai.AsyncOpenAI) -> None:
@@ -109,7 +142,7 @@ async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_af
             assert refused.headers["retry-after"]
             assert (await error(refused))["code"] == "gpu_busy"
     finally:
-        gpu.worker._max_waiting = 64
+        gpu.worker._max_waiting = 256
 
 
 @pytest.mark.parametrize(
@@ -122,8 +155,10 @@ async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_af
         ({**CHAT, "temperature": "hot"}, "temperature", "number"),
         ({**CHAT, "top_p": 0}, "top_p", "greater"),
         ({**CHAT, "stop": ["a", "b", "c", "d", "e"]}, None, "4"),
-        ({**CHAT, "n": 2}, "n", "not built yet"),
-        ({**CHAT, "logit_bias": {"5": 1}}, "logit_bias", "not built yet"),
+        ({**CHAT, "n": 20}, "n", "8"),
+        ({**CHAT, "tools": [{"type": "function"}]}, "tools", "not built yet"),
+        ({**CHAT, "logit_bias": {"99999": 1}}, "logit_bias", "49151"),
+        ({**CHAT, "top_logprobs": 21}, "top_logprobs", "20"),
         ({**CHAT, "temprature": 1}, "temprature", "temprature"),
         ({**CHAT, "dials": {"atn": 1}}, "dials", "atn"),
         ({**CHAT, "dials": {"attn": -1}}, "dials", "attn"),

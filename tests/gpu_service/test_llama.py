@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from gpu_service.cache import Pool, RowCache, Whole
 from gpu_service.data import Batch
 from gpu_service.device import Device
 from gpu_service.errors import UnsupportedModel
-from gpu_service.llama import KVCache, Llama
+from gpu_service.llama import Llama
 from gpu_service.models import Base
 from gpu_service.rows import Rows
 from gpu_service.train import summed_loss
@@ -23,7 +24,7 @@ SMALL = {
     "intermediate_size": 112,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "initializer_range": 0.2,
 }
 LLAMA3_ROPE = {
@@ -67,6 +68,13 @@ def weights_of(model: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if "rotary" not in name}
 
 
+def whole_logits(decoder: Llama, rows: Rows, ids: Tensor) -> Tensor:
+    """ids (B, T), right-padded -> (B, T, V), without a cache."""
+    attention = Whole(ids.shape[1], CPU)
+    h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.shape.n_layers, rows, attention)
+    return decoder.unembed(decoder.final_norm(h, rows), rows)
+
+
 def mixed_prompts(vocab: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """ids (B, T) right-padded with zeros, lengths (B,)."""
     random = torch.Generator().manual_seed(2)
@@ -83,33 +91,48 @@ def test_logits_equal_those_of_transformers_for_prompts_of_mixed_length(variant:
     model = reference(config)
     decoder, rows = Llama(config, CPU), Rows(weights_of(model))
     ids, lengths = mixed_prompts(300, [41, 7, 90, 1])
-    h = decoder.layers(decoder.embed(ids, rows), 0, 3, rows)
-    ours = decoder.head(h, rows)
+    ours = whole_logits(decoder, rows, ids)
     for row, length in enumerate(lengths):
         torch.testing.assert_close(ours[row, :length], model(ids[row : row + 1, :length]).logits[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_a_cached_batch_of_mixed_lengths_equals_the_whole_forward(variant: str) -> None:
-    """Prefill in unequal chunks, then single tokens, rows at different positions in one batch."""
+def test_cached_rows_of_mixed_length_that_come_and_go_equal_the_whole_forward(variant: str) -> None:
+    """Prompts read in unequal chunks; then single tokens together, in several size classes; one row leaves midway."""
     config = VARIANTS[variant]
     model = reference(config)
     decoder, rows = Llama(config, CPU), Rows(weights_of(model))
-    ids, _ = mixed_prompts(300, [30, 30, 30])
-    starts = torch.tensor([5, 17, 1])
-    cache = KVCache(decoder.shape, 3, 4, torch.float32, CPU)
-    cache.reserve(30)
-    h = decoder.layers(decoder.embed(ids[:, :17], rows), 0, 3, rows, cache=cache)  # the shorter rows read on wrongly,
-    cache.lengths = starts.clone()  # and go back: what they wrote beyond their length must not be seen
-    for step in range(10):
-        now = ids[torch.arange(3), starts + step][:, None]
-        h = decoder.layers(decoder.embed(now, rows), 0, 3, rows, cache=cache)
-        cache.lengths += 1
-        ours = decoder.head(h, rows)[:, 0]
-        for row in range(3):
-            theirs = model(ids[row : row + 1, : starts[row] + step + 1]).logits[0, -1]
-            torch.testing.assert_close(ours[row], theirs, atol=1e-4, rtol=0)
+    geometry = decoder.geometry(torch.float32, CPU)
+    ids, _ = mixed_prompts(300, [400, 400, 400, 400])
+    pool, lengths = Pool(geometry), [5, 253, 60, 255]  # two of them outgrow the smallest class on the way
+    slots = {}
+    for row, length in enumerate(lengths):
+        cache = RowCache(geometry, 300)
+        for start, end in ((0, length // 2), (length // 2, length)):
+            attention = cache.reading(end - start)
+            chunk = ids[row : row + 1, start:end]
+            h = decoder.layers(decoder.embed(chunk, rows, attention), 0, 3, rows, attention)
+        expected = model(ids[row : row + 1, :length]).logits[0, -1]
+        torch.testing.assert_close(
+            decoder.unembed(decoder.final_norm(h, rows), rows)[0, -1], expected, atol=1e-4, rtol=0
+        )
+        slots[pool.join(cache)] = row
+    for step in range(6):
+        if step == 3:
+            leaving = next(slot for slot, row in slots.items() if row == 0)
+            kept = pool.leave(leaving, keep=True)
+            assert kept
+            assert kept.length == 5 + 3
+            del slots[leaving]
+        decoding = pool.decoding()
+        order = [slots[slot] for slot in pool.order()]
+        now = torch.stack([ids[row, lengths[row] + step] for row in order])[:, None]
+        h = decoder.layers(decoder.embed(now, rows, decoding), 0, 3, rows, decoding)
+        ours = decoder.unembed(decoder.final_norm(h, rows), rows)[:, 0]
+        for i, row in enumerate(order):
+            theirs = model(ids[row : row + 1, : lengths[row] + step + 1]).logits[0, -1]
+            torch.testing.assert_close(ours[i], theirs, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -118,16 +141,13 @@ def test_the_real_model_gives_the_logits_and_the_greedy_text_of_transformers(smo
     decoder, rows = Llama(smol.source.config, CPU), Rows(smol.weights)
     for prompt in ("Gravity is", "The three largest cities of Korea, by the number of people who live there, are"):
         ids = smol.source.tokenizer(prompt, return_tensors="pt").input_ids
-        whole = decoder.head(decoder.layers(decoder.embed(ids, rows), 0, 30, rows), rows)
-        torch.testing.assert_close(whole, theirs(ids).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(whole_logits(decoder, rows, ids), theirs(ids).logits, atol=1e-4, rtol=0)
         expected = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
-        cache = KVCache(decoder.shape, 1, 8, torch.float32, CPU)
-        written, pending = ids[0].tolist(), ids
+        written, pending, cache = ids[0].tolist(), ids, RowCache(decoder.geometry(torch.float32, CPU), 64)
         while len(written) < len(expected):
-            cache.reserve(int(cache.lengths[0]) + pending.shape[1])
-            h = decoder.layers(decoder.embed(pending, rows), 0, 30, rows, cache=cache)
-            cache.lengths += pending.shape[1]
-            written.append(int(decoder.head(h[:, -1:], rows).argmax()))
+            attention = cache.reading(pending.shape[1])
+            h = decoder.layers(decoder.embed(pending, rows, attention), 0, 30, rows, attention)
+            written.append(int(decoder.unembed(decoder.final_norm(h[:, -1:], rows), rows).argmax()))
             pending = torch.tensor([[written[-1]]])
         assert written == expected
 

@@ -8,6 +8,7 @@ from gpu_service.artifacts import Lora
 from gpu_service.llama import Llama
 from gpu_service.models import Base
 from gpu_service.rows import Dials, Rows
+from tests.gpu_service.test_llama import whole_logits
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 99, 1234, 7, 42], [8, 1, 2, 3, 4]])
@@ -19,8 +20,7 @@ def dials(base: Base, **settings: object) -> Dials | None:
 
 @torch.no_grad()
 def logits(base: Base, rows: Rows) -> Tensor:
-    decoder = Llama(base.source.config, CPU)
-    return decoder.head(decoder.layers(decoder.embed(IDS, rows), 0, base.source.n_layers, rows), rows)
+    return whole_logits(Llama(base.source.config, CPU), rows, IDS)
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def baked(base: Base, *, attn: float = 1.0, mlp: float = 1.0, layers: range) -> 
 def test_no_dials_and_neutral_dials_are_the_plain_path_bit_for_bit(tiny: Base) -> None:
     plain = logits(tiny, Rows(tiny.weights))
     assert dials(tiny) is None
-    neutral = Dials((1.0,) * 4, (1.0,) * 4, (1.0,) * 4, 1.0)
+    neutral = Dials.plain(4)
+    assert neutral.neutral
     assert torch.equal(plain, logits(tiny, Rows(tiny.weights, dials=[neutral, neutral])))
 
 
@@ -57,20 +58,19 @@ def test_eps_equals_a_model_with_that_epsilon(tiny: Base) -> None:
     turned = dials(tiny, eps=10000.0)
     assert turned
     config = type(tiny.source.config)(**{**tiny.source.config.to_dict(), "rms_norm_eps": 1e-2})
-    decoder, rows = Llama(config, CPU), Rows(tiny.weights)
     with torch.no_grad():
-        expected = decoder.head(decoder.layers(decoder.embed(IDS, rows), 0, 4, rows), rows)
+        expected = whole_logits(Llama(config, CPU), Rows(tiny.weights), IDS)
     torch.testing.assert_close(logits(tiny, Rows(tiny.weights, dials=[turned, turned])), expected)
     assert not torch.allclose(expected, logits(tiny, Rows(tiny.weights)), atol=1e-3)
 
 
 def test_each_row_has_its_own_dials(tiny: Base) -> None:
-    turned, neutral = dials(tiny, mlp=0.2), Dials((1.0,) * 4, (1.0,) * 4, (1.0,) * 4, 1.0)
+    turned = dials(tiny, mlp=0.2)
     assert turned
-    mixed = logits(tiny, Rows(tiny.weights, dials=[turned, neutral]))
+    mixed = logits(tiny, Rows(tiny.weights, dials=[turned, None]))
     both = logits(tiny, Rows(tiny.weights, dials=[turned, turned]))
     torch.testing.assert_close(mixed[0], both[0])
-    torch.testing.assert_close(mixed[1], logits(tiny, Rows(tiny.weights))[1])
+    assert torch.equal(mixed[1], logits(tiny, Rows(tiny.weights))[1])
 
 
 def test_lora_equals_weights_with_the_product_merged_and_full_replaces_a_tensor(tiny: Base) -> None:
@@ -80,5 +80,24 @@ def test_lora_equals_weights_with_the_product_merged_and_full_replaces_a_tensor(
     full = {down: torch.randn(64, 128, generator=random) * 0.1}
     merged = {**tiny.weights, **full, q: tiny.weights[q] + 0.5 * lora[q].b @ lora[q].a}
     torch.testing.assert_close(
-        logits(tiny, Rows(tiny.weights, full=full, lora=lora)), logits(tiny, Rows(merged)), atol=1e-4, rtol=1e-4
+        logits(tiny, Rows(tiny.weights, full=full, lora=[lora])), logits(tiny, Rows(merged)), atol=1e-4, rtol=1e-4
     )
+
+
+def test_rows_of_different_adapters_and_none_share_a_batch(tiny: Base) -> None:
+    """Different ranks, scales and tensors; each row as if it were alone."""
+    random = torch.Generator().manual_seed(4)
+    q, up = "model.layers.2.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+    def pair(rank: int, out: int, scale: float) -> Lora:
+        return Lora(torch.randn(rank, 64, generator=random) / 8, torch.randn(out, rank, generator=random) / 8, scale)
+
+    one, two = {q: pair(4, 64, 0.5)}, {q: pair(8, 64, 2.0), up: pair(2, 128, 1.0)}
+    ids = IDS[0].expand(4, -1)
+    decoder = Llama(tiny.source.config, CPU)
+    with torch.no_grad():
+        mixed = whole_logits(decoder, Rows(tiny.weights, lora=[one, None, two, one]), ids)
+        for row, adapter in enumerate([one, None, two, one]):
+            alone = whole_logits(decoder, Rows(tiny.weights, lora=[adapter]), ids[:1])
+            torch.testing.assert_close(mixed[row], alone[0], atol=1e-5, rtol=1e-4)
+        assert torch.equal(mixed[1], whole_logits(decoder, Rows(tiny.weights), ids)[1]), "base rows are untouched"

@@ -6,7 +6,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_service.scheduler import Scheduler
+from gpu_service.scheduler import Admission, Scheduler
 
 
 def test_nothing_to_do_is_none() -> None:
@@ -62,3 +62,64 @@ def test_both_get_their_share_of_device_time(share: float, slices: list[float], 
         scheduler.ran(kind, seconds)
     # Off by one slice or step at most, on either side.
     assert abs(spent["train"] * (1 - share) - spent["text"] * share) <= max(slices) + max(steps)
+
+
+# --- admission ---
+
+
+def test_callers_take_turns_whatever_each_has_asked_for() -> None:
+    admission: Admission[str] = Admission(100)
+    for name in ("a1", "a2", "a3", "b1", "b2", "c1"):
+        admission.ask(name, caller=name[0], n_bytes=100)
+    order = []
+    while len(admission):
+        begun = admission.next()
+        assert begun
+        assert admission.next() is None, "the budget is spent"
+        order.append(begun)
+        admission.done(begun)
+    assert order == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_a_large_request_is_not_passed_over_for_ever_by_small_ones() -> None:
+    admission: Admission[str] = Admission(100)
+    admission.ask("small 0", "s", 60)
+    assert admission.next() == "small 0"
+    admission.ask("large", "l", 100)
+    for i in range(1, 5):
+        admission.ask(f"small {i}", "s", 10)
+    assert admission.next() is None
+    admission.done("small 0")
+    assert admission.next() == "large"
+
+
+@given(data=st.data())
+def test_the_budget_is_never_exceeded_and_every_request_ends(data: st.DataObject) -> None:
+    """Random asking, ending and leaving, in any order."""
+    admission: Admission[object] = Admission(100)
+    waiting: list[object] = []
+    begun: list[object] = []
+    ended = 0
+    for _ in range(data.draw(st.integers(1, 60))):
+        action = data.draw(st.sampled_from(["ask", "begin", "end", "leave"]))
+        if action == "ask":
+            waiting.append(object())
+            admission.ask(waiting[-1], data.draw(st.sampled_from("abc")), data.draw(st.integers(1, 100)))
+        elif action == "begin" and (request := admission.next()):
+            waiting.remove(request)
+            begun.append(request)
+        elif action == "end" and begun:
+            admission.done(begun.pop(data.draw(st.integers(0, len(begun) - 1))))
+            ended += 1
+        elif action == "leave" and waiting:
+            admission.done(waiting.pop(data.draw(st.integers(0, len(waiting) - 1))))
+            ended += 1
+        assert 0 <= admission.held_bytes <= 100
+        assert len(admission) == len(waiting)
+    while waiting or begun:
+        while request := admission.next():
+            waiting.remove(request)
+            begun.append(request)
+        assert begun, "somebody waits though nobody is served"
+        admission.done(begun.pop(0))
+    assert admission.held_bytes == 0

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import Device
 from gpu_service.llama import Llama
 from gpu_service.models import Base
-from gpu_service.rows import Rows
-from gpu_service.text import Detokenizer, Engine, Finish, Piece, Row, Sampling, sample
+from gpu_service.rows import Dials
+from gpu_service.sampling import Sampler, Sampling
+from gpu_service.text import Engine, Event, Finish, Piece, Request, Served
 
 TEXTS = [
     "Hello, world",
@@ -24,7 +26,7 @@ TEXTS = [
 
 def show(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> list[str]:
     """The pieces of an answer, the last one being what was held back."""
-    detokenizer, pieces = Detokenizer(tokenizer, stop), []
+    detokenizer, pieces = Detokenizer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop), []
     for token in ids:
         text, stopped = detokenizer.add(token)
         pieces.append(text)
@@ -65,28 +67,43 @@ def test_any_text_with_any_stop_string_ends_where_the_first_one_begins(tiny: Bas
     assert "".join(show(tiny.source.tokenizer, ids, stop)) == (shown[: min(places)] if places else shown)
 
 
-def write(base: Base, cpu: Device, prompt: str, sampling: Sampling, chunk: int = 512) -> tuple[str, Finish]:
-    out: list[Piece | Finish | BaseException] = []
-    engine = Engine(chunk)
-    engine.add(
-        Row(
-            Llama(base.source.config, cpu.torch),
-            Rows(base.weights),
-            base.source.tokenizer(prompt).input_ids,
-            sampling,
-            base.source.stop_ids,
-            base.source.tokenizer,
-            send=out.append,
-            cancelled=lambda: False,
-            dtype=cpu.precision.dtype,
-            device=cpu.torch,
+def served(base: Base, cpu: Device) -> Served:
+    source = base.source
+    return Served(source.id, Llama(source.config, cpu.torch), base.weights, source.tokenizer, source.stop_ids)
+
+
+class Caller:
+    """Somebody who asks, and what they have heard."""
+
+    def __init__(self, to: Served, prompt: str | list[int], sampling: Sampling, **more: Any) -> None:
+        self.heard: list[Event | BaseException] = []
+        self.left = False
+        ids = to.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        wanted: dict[str, Any] = {"adapter": None, "adapter_id": None, "dials": None, **more}
+        self.request = Request(
+            served=to, prompt=ids, sampling=sampling, send=self.heard.append, cancelled=lambda: self.left, **wanted
         )
-    )
-    while len(engine):
-        engine.step()
-    finish = out[-1]
-    assert isinstance(finish, Finish)
-    return "".join(p.text for p in out if isinstance(p, Piece)), finish
+
+    def text(self, index: int = 0) -> str:
+        return "".join(e.text for e in self.heard if isinstance(e, Piece) and e.index == index)
+
+    @property
+    def finish(self) -> Finish:
+        last = self.heard[-1]
+        assert isinstance(last, Finish), last
+        return last
+
+
+def engine(cpu: Device, chunk: int = 512, budget_bytes: int = 2**30) -> Engine:
+    return Engine(budget_bytes, chunk, cpu.precision.dtype, cpu.torch)
+
+
+def write(base: Base, cpu: Device, prompt: str, sampling: Sampling, chunk: int = 512) -> tuple[str, Finish]:
+    caller, running = Caller(served(base, cpu), prompt, sampling), engine(cpu, chunk)
+    running.add(caller.request)
+    while len(running):
+        running.step()
+    return caller.text(), caller.finish
 
 
 def test_a_seed_repeats_and_another_differs(tiny: Base, cpu: Device) -> None:
@@ -120,13 +137,163 @@ def test_generating_leaves_the_global_random_state_alone(tiny: Base, cpu: Device
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_top_p_keeps_only_the_likeliest_tokens() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-    random = torch.Generator().manual_seed(0)
-    drawn = {sample(logits, Sampling(max_tokens=1, top_p=0.7), random) for _ in range(200)}
-    assert drawn == {0, 1}
+def draws(logits: list[float], n: int = 300, prompt: tuple[int, ...] = (), **sampling: Any) -> list[int]:
+    sampler = Sampler(Sampling(max_tokens=n, seed=0, **sampling), prompt)
+    return [sampler.draw(torch.tensor(logits)).token for _ in range(n)]
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    random = torch.Generator()
-    assert sample(torch.tensor([0.1, 0.9, 0.3]), Sampling(max_tokens=1, temperature=0), random) == 1
+LIKELY = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "drawn"),
+    [
+        ({"top_p": 0.7}, {0, 1}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"min_p": 0.2}, {0, 1, 2}),
+        ({"top_k": 1}, {0}),
+        ({}, {0, 1, 2, 3}),
+    ],
+)
+def test_what_is_unlikely_is_cut_away(sampling: dict[str, Any], drawn: set[int]) -> None:
+    assert set(draws(LIKELY, **sampling)) == drawn
+
+
+def test_temperature_zero_takes_the_likeliest_and_bias_and_penalties_change_which_that_is() -> None:
+    assert draws(LIKELY, 2, temperature=0) == [0, 0]
+    assert draws(LIKELY, 2, temperature=0, logit_bias={3: 10.0}) == [3, 3]
+    assert draws(LIKELY, 2, temperature=0, logit_bias={0: -100.0}) == [1, 1]
+    assert draws(LIKELY, 4, temperature=0, presence_penalty=2.0) == [0, 1, 2, 0]
+    assert draws(LIKELY, 3, temperature=0, frequency_penalty=0.6) == [0, 1, 0]
+    assert draws([2.0, 1.5, -1.0], 1, prompt=(0,), temperature=0, repetition_penalty=1.5) == [1]
+
+
+def test_log_probabilities_are_those_of_the_model_before_temperature() -> None:
+    sampler = Sampler(Sampling(max_tokens=1, temperature=0, top_logprobs=2), ())
+    drawn = sampler.draw(torch.tensor(LIKELY))
+    assert drawn.token == 0
+    assert drawn.logprob == pytest.approx(LIKELY[0])
+    assert [token for token, _ in drawn.top] == [0, 1]
+    assert [logprob for _, logprob in drawn.top] == pytest.approx(LIKELY[:2])
+
+
+def test_several_answers_to_one_prompt_differ_and_each_ends(tiny: Base, cpu: Device) -> None:
+    caller, running = Caller(served(tiny, cpu), "Once", Sampling(max_tokens=6, seed=1), n=3), engine(cpu)
+    running.add(caller.request)
+    while len(running):
+        running.step()
+    assert sorted(e.index for e in caller.heard if isinstance(e, Finish)) == [0, 1, 2]
+    assert len({caller.text(i) for i in range(3)}) == 3
+
+
+PROMPTS = [
+    "Once",
+    "The sea is wide and the ship is small, and yet",
+    "Seven",
+    "A green apple fell",
+    "안녕하세요",
+    "x y z " * 30,
+]
+PROMPTS = [*PROMPTS, "Do not", "The quick brown fox jumps over the lazy dog"]
+
+
+def test_rows_that_join_and_leave_midway_write_what_each_writes_alone(tiny: Base, cpu: Device) -> None:
+    """Different lengths, dials and moments; one caller leaves; prompts are read in small chunks between the steps."""
+    to = served(tiny, cpu)
+    dials = [None, Dials((1.0,) * 4, (0.8,) * 4, (1.1,) * 4, 1.0), Dials((50.0,) * 4, (1.0,) * 4, (1.0,) * 4, 50.0)]
+    asked = [
+        (prompt, Sampling(max_tokens=5 + 3 * i, temperature=0, ignore_eos=True), dials[i % 3])
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    alone = []
+    for prompt, sampling, turned in asked:
+        caller, running = Caller(to, prompt, sampling, dials=turned), engine(cpu)
+        running.add(caller.request)
+        while len(running):
+            running.step()
+        alone.append(caller.text())
+
+    together, running = [], engine(cpu, chunk=16)
+    leaver = Caller(to, "I will leave", Sampling(max_tokens=500, temperature=0, ignore_eos=True))
+    running.add(leaver.request)
+    for step, (prompt, sampling, turned) in enumerate(asked):
+        together.append(Caller(to, prompt, sampling, dials=turned))
+        running.add(together[-1].request)
+        for _ in range(step % 3):
+            running.step()
+    leaver.left = True
+    while len(running):
+        running.step()
+    assert [caller.text() for caller in together] == alone
+    assert all(isinstance(caller.finish, Finish) for caller in together)
+
+
+def test_the_real_model_writes_in_a_mixed_batch_what_transformers_generates(smol: Base, cpu: Device) -> None:
+    """A difference counts unless the reference's two best logits are within 1e-3."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(smol.source.folder, dtype=torch.float32).eval()
+    to, running, callers = served(smol, cpu), engine(cpu, chunk=32), []
+    for i, prompt in enumerate(PROMPTS[:4]):
+        callers.append(Caller(to, prompt, Sampling(max_tokens=8, temperature=0)))
+        running.add(callers[i].request)
+        running.step()
+    while len(running):
+        running.step()
+    for caller, prompt in zip(callers, PROMPTS, strict=False):
+        ids = smol.source.tokenizer(prompt, return_tensors="pt").input_ids
+        out = theirs.generate(ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        best = torch.stack(out.logits)[:, 0].topk(2).values
+        if bool((best[:, 0] - best[:, 1] > 1e-3).all()):
+            expected = smol.source.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+            assert caller.text() == expected
+
+
+def test_the_next_turn_reads_only_what_is_new_and_answers_the_same(tiny: Base, cpu: Device) -> None:
+    to, running = served(tiny, cpu), engine(cpu)
+    greedy = Sampling(max_tokens=20, temperature=0, ignore_eos=True)
+
+    def ask(prompt: list[int], on: Engine, **more: Any) -> Caller:
+        caller = Caller(to, prompt, greedy, **more)
+        on.add(caller.request)
+        while len(on):
+            on.step()
+        return caller
+
+    first = list(range(100, 140))
+    ask(first, running)
+    answer = ask([*first, 7], running)  # shares the first turn's prompt
+    assert answer.finish.cached_tokens == 40
+    again = ask([*first, 7], engine(cpu))
+    assert again.finish.cached_tokens == 0
+    assert answer.text() == again.text()
+    assert ask([*first, 7], running, dials=Dials.plain(4)).finish.cached_tokens == 0, "other dials, other keys"
+    assert ask([*first, 7], running, alone=True).finish.cached_tokens == 0
+
+
+def test_past_the_budget_requests_wait_and_all_are_answered(tiny: Base, cpu: Device) -> None:
+    to = served(tiny, cpu)
+    callers = [Caller(to, p, Sampling(max_tokens=4, temperature=0, ignore_eos=True)) for p in PROMPTS]
+    one_row = engine(cpu).needs_bytes(callers[0].request)
+    running = engine(cpu, budget_bytes=2 * one_row)
+    for caller in callers:
+        running.add(caller.request)
+    most = 0
+    while len(running):
+        running.step()
+        most = max(most, running._admission.held_bytes)
+    assert most == 2 * one_row
+    assert [c.finish.completion_tokens for c in callers] == [4] * len(callers)
+
+
+def test_a_row_that_fails_leaves_the_others_alone(tiny: Base, cpu: Device) -> None:
+    to, running = served(tiny, cpu), engine(cpu)
+    good = Caller(to, "Once", Sampling(max_tokens=6, temperature=0, ignore_eos=True))
+    bad = Caller(to, [5, 10**6], Sampling(max_tokens=6, temperature=0))  # a token that the model lacks
+    for caller in (good, bad):
+        running.add(caller.request)
+    while len(running):
+        running.step()
+    assert isinstance(bad.heard[-1], IndexError)
+    assert good.finish.completion_tokens == 6
+    assert running._admission.held_bytes == 0

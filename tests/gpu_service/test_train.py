@@ -14,7 +14,8 @@ from gpu_service.device import DTYPES, Device, Precision
 from gpu_service.errors import BadRequest
 from gpu_service.llama import Llama
 from gpu_service.models import Base
-from gpu_service.text import Finish, Sampling
+from gpu_service.sampling import Sampling
+from gpu_service.text import Finish
 from gpu_service.worker import Generation, Worker
 
 ROWS = [
