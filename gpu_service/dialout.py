@@ -25,7 +25,7 @@ TARGET = "/gpu/dial"
 OPEN_S = 10.0
 PAUSES_S = (0.1, 2.5)  # first and longest between tries: back within 5 s of a cut
 MOST_STREAMS = 1024
-LEAVE_S = 5.0  # for requests under way when the gpu stops, before they are cancelled
+LEAVE_S = 1.0  # for the last words of requests under way when the gpu stops
 
 Scope = dict[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
@@ -64,13 +64,15 @@ class DialOut:
         """It mends itself, so this returns only if that is over."""
         assert self._dialling, "open() comes first"
         await asyncio.wait({self._dialling})
+        if not self._dialling.cancelled() and (exc := self._dialling.exception()):
+            log.error("dialling ended, which it should not", exc_info=exc)
 
     async def close(self) -> None:
+        if self._answering:
+            await asyncio.wait(self._answering, timeout=LEAVE_S)
         if self._dialling:
             self._dialling.cancel()
             await asyncio.wait({self._dialling})
-        if self._answering:
-            await asyncio.wait(self._answering, timeout=LEAVE_S)
         for task in list(self._answering):
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,10 +39,15 @@ class Jobs:
         self._folder, self._link, self._worker = folder, link, worker
         self._models, self._device, self._cache = models, device, cache
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._reporters: dict[str, Reporter] = {}  # by job, of the leases that run
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: its leases are gone
 
     def held(self) -> list[wire.HeldLease]:
         return [wire.HeldLease(job_id=job_id, fence=fence) for job_id, fence in self._tasks]
+
+    def views(self) -> list["JobView"]:
+        """May be called from any thread."""
+        return [reporter.view() for reporter in list(self._reporters.values())]
 
     def start(self, grant: wire.GrantLease) -> None:
         """Once per lease: a grant may be said twice."""
@@ -64,7 +70,8 @@ class Jobs:
     async def _run(self, grant: wire.GrantLease) -> None:
         spec = grant.job
         folder = self._folder / f"{spec.job_id}-{grant.fence}"
-        reporter = Reporter(self._link, spec.job_id, grant.fence)
+        reporter = Reporter(self._link, spec.job_id, spec.base_model, grant.fence)
+        self._reporters[spec.job_id] = reporter
         log.info("job %s begins", spec.job_id)
         try:
             async with reporter:
@@ -93,6 +100,7 @@ class Jobs:
         except LeaseLost:
             log.info("job %s is not ours any more", spec.job_id)
         finally:
+            self._reporters.pop(spec.job_id, None)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     async def _train(self, spec: wire.JobSpec, folder: Path, reporter: "Reporter") -> Adapter:
@@ -162,17 +170,31 @@ class Jobs:
                 await self._link.wait_enrolled()
 
 
+@dataclass(frozen=True)
+class JobView:
+    """How far a job is, for a person."""
+
+    job_id: str
+    model: str
+    step: int
+    total_steps: int  # 0 while the data is being prepared
+    loss: float | None
+    eta_s: float | None
+
+
 class Reporter:
     """Gathers a job's events and sends them about once a second, in order, each once.
 
     The last events are sent by `flush`. A lost lease cancels the task that entered the context.
     """
 
-    def __init__(self, link: Link, job_id: str, fence: int) -> None:
-        self._link, self._job_id, self._fence = link, job_id, fence
+    def __init__(self, link: Link, job_id: str, model: str, fence: int) -> None:
+        self._link, self._job_id, self._model, self._fence = link, job_id, model, fence
         self._waiting: list[wire.JobEvent] = []
         self._seq = 0
         self._lost = False
+        self._loss: float | None = None
+        self._progress: tuple[int, int, float] | None = None  # step, steps in all, seconds left
 
     async def __aenter__(self) -> "Reporter":
         owner = asyncio.current_task()
@@ -186,6 +208,10 @@ class Reporter:
             await self._task
         if self._lost and kind is asyncio.CancelledError:
             raise LeaseLost
+
+    def view(self) -> JobView:
+        step, total_steps, eta_s = self._progress or (0, 0, None)
+        return JobView(self._job_id, self._model, step, total_steps, self._loss, eta_s)
 
     def say(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
         self._add(message, "message", level, data or {})
@@ -210,6 +236,9 @@ class Reporter:
                 "gradient_norm": item.gradient_norm,
             }
             text = f"Step {item.step}/{plan.total_steps}: training loss {item.train_loss:.4f}"
+        if item.train_loss is not None:
+            self._loss = item.train_loss
+        self._progress = (item.step, plan.total_steps, left_s)
         self._add(text, "metrics", "info", data)
 
     def _add(

@@ -26,7 +26,7 @@ from gpu_service.artifacts import CHUNK_BYTES, BlobCache
 from gpu_service.device import Device
 from gpu_service.errors import GpuError, RelayUnavailable
 from gpu_service.gate import Identity
-from gpu_service.models import Models
+from gpu_service.models import FAMILIES, Models
 from gpu_service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,18 @@ class Link:
                 task.cancel()
             await asyncio.gather(beat, moved, return_exceptions=True)
 
+    def status(self) -> str:
+        """For a person."""
+        e = self._enrolment
+        if self.trouble or e is None:
+            return self.trouble or f"enrolling with {self._settings.relay_url}"
+        reached = {
+            True: "reaches this gpu",
+            False: "can't reach this gpu yet",
+            None: "is about to try to reach this gpu",
+        }
+        return f"enrolled as {e.by.gpu_id}, epoch {e.by.epoch}; the relay {reached[self.reachable]}"
+
     async def goodbye(self, reason: str) -> None:
         """Leases go back at once. A relay that does not answer notices by itself, later."""
         try:
@@ -156,9 +168,10 @@ class Link:
             url=self._url,
             tunnel=self._settings.tunnel,
             device=self._device.wire(),
-            families=["llama"],
+            families=sorted(set(FAMILIES.values())),
             models=self._models.offered(),
             leases=jobs.held(),
+            runtime_ends_at=self._settings.runtime_ends_at,
         )
         bearer = {"authorization": f"Bearer {self._settings.enrol_token}", "content-type": "application/json"}
         asked = time.monotonic()
