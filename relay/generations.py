@@ -5,6 +5,8 @@ Who waits stands in a line for each base model, in the order of asking. Knows no
 """
 
 import asyncio
+import bisect
+import itertools
 import json
 import logging
 import secrets
@@ -20,6 +22,7 @@ log = logging.getLogger("relay.generations")
 
 KEEP_S = 30.0
 TRY_EVERY_S = 1.0
+SOON_S = 0.1
 BUSY = (429, 503)  # of a gpu: full, or about to stop; another one, or the same one later, will do
 MAX_BUFFER_BYTES = 16 * 2**20
 MAX_OPEN = 16  # of one user
@@ -28,7 +31,8 @@ MAX_OPEN = 16  # of one user
 class Generation:
     """Frames as they came, each numbered from 1, for any number of readers."""
 
-    def __init__(self, owner: str) -> None:
+    def __init__(self, owner: str, number: int = 0) -> None:
+        self.number = number  # counts up, in the order of asking
         self.id = f"gen-{secrets.token_hex(12)}"
         self.owner = owner
         self.over = False
@@ -80,7 +84,21 @@ class Line:
         self.reason = "queue"
         self.moved = asyncio.Event()
 
-    def step(self) -> None:
+    def join(self, generation: Generation) -> None:
+        """At the place that the time of asking gives."""
+        if generation not in self.waiting:
+            bisect.insort(self.waiting, generation, key=lambda g: g.number)
+            self._step()
+
+    def leave(self, generation: Generation) -> None:
+        if generation in self.waiting:
+            self.waiting.remove(generation)
+            self._step()
+
+    def place(self, generation: Generation) -> int:
+        return self.waiting.index(generation) + 1
+
+    def _step(self) -> None:
         self.moved.set()
         self.moved = asyncio.Event()
 
@@ -92,12 +110,13 @@ class Generations:
         self._keep_s = keep_s
         self._all: dict[str, Generation] = {}
         self._lines: dict[str, Line] = {}
+        self._numbers = itertools.count()
 
     def start(self, owner: str, ask: Ask) -> Generation:
         """Raises TooMany."""
         if sum(g.owner == owner and not g.over for g in self._all.values()) >= MAX_OPEN:
             raise errors.TooMany(f"{MAX_OPEN} answers are under way already: wait for one, or stop one")
-        generation = Generation(owner)
+        generation = Generation(owner, next(self._numbers))
         self._all[generation.id] = generation
         generation.say(json.dumps({"type": "started", "id": generation.id}))
         generation.task = asyncio.create_task(self._run(generation, ask), name=generation.id)
@@ -160,39 +179,33 @@ class Generations:
     async def _opened(self, generation: Generation, ask: Ask) -> Opened:
         """A gpu's answer, however long that takes."""
         line = self._lines.setdefault(ask.base_model, Line())
-        first_try = not line.waiting  # nobody waits: no place to take
-        if not first_try:
-            line.waiting.append(generation)
+        line.join(generation)
         try:
             while True:
-                if first_try or line.waiting[0] is generation:
+                if line.waiting[0] is generation:
                     opened, line.reason = await self._attempt(generation, ask, line)
                     if opened:
                         return opened
-                    if generation not in line.waiting:
-                        line.waiting.insert(0, generation)  # it was asked first
-                        line.step()
-                    first_try = False
-                place = line.waiting.index(generation) + 1
+                    line.join(generation)  # again, if a gpu was chosen for it in vain
+                elif generation.told is None:
+                    await asyncio.sleep(SOON_S)  # those in front are most likely on their way
+                    if generation is line.waiting[0]:
+                        continue
+                place = line.place(generation)
                 generation.tell_place(place, line.reason)
                 await self._moved(line, generation, place)
         finally:
-            if generation in line.waiting:
-                line.waiting.remove(generation)
-            line.step()
+            line.leave(generation)
 
     async def _moved(self, line: Line, generation: Generation, place: int) -> None:
         """Until there is something new to say or to try."""
-        reason = line.reason
-        while True:
-            try:
-                async with asyncio.timeout(TRY_EVERY_S):
+        reason, until = line.reason, asyncio.get_running_loop().time() + TRY_EVERY_S
+        try:
+            async with asyncio.timeout_at(until):
+                while line.place(generation) == place and line.reason == reason:
                     await line.moved.wait()
-            except TimeoutError:
-                if place == 1:
-                    return
-            if line.waiting.index(generation) + 1 != place or line.reason != reason:
-                return
+        except TimeoutError:
+            pass
 
     async def _attempt(self, generation: Generation, ask: Ask, line: Line) -> tuple[Opened | None, str]:
         """An answer, or why there is none yet. Raises what another gpu would not mend."""
@@ -200,9 +213,7 @@ class Generations:
         def chosen(to: Endpoint) -> None:
             generation.told = None
             generation.say(json.dumps({"type": "reading", "gpu": to.name}))
-            if generation in line.waiting:  # the next may try while this one's prompt is read
-                line.waiting.remove(generation)
-                line.step()
+            line.leave(generation)  # the next may try while this one's prompt is read
 
         try:
             opened = await self._proxy.open(ask, chosen)

@@ -5,7 +5,7 @@ import { forgetConversation } from '@/features/generate/conversation';
 import { meQuery, signOut } from '@/features/session/queries';
 import { whenSignedOut } from '@/lib/api';
 import { LANGUAGES, setLanguage, type Language } from '@/lib/i18n';
-import { ActionIcon, Button, Menu, useMantineColorScheme, type MantineColorScheme } from '@mantine/core';
+import { Menu, UnstyledButton, useMantineColorScheme, type MantineColorScheme } from '@mantine/core';
 import { useQuery, useQueryClient } from '@tanstack/react-query';
 import { useEffect } from 'react';
 import { useTranslation } from 'react-i18next';
@@ -43,22 +43,22 @@ export function Shell() {
       <a className={css.skip} href="#content">
         {t('app.skip')}
       </a>
-      <header className={css.side}>
+      <nav className={css.side} aria-label={t('app.nav')}>
         <NavLink to="/" className={css.brand}>
           <Brand />
         </NavLink>
-        <nav className={css.nav} aria-label={t('app.nav')}>
+        <div className={css.nav}>
           {SCREENS.map(({ to, icon, words }) => (
             <NavLink key={to} to={to} end={to === '/'} className={css.link ?? ''}>
               <Icon name={icon} />
               <span>{t(words)}</span>
             </NavLink>
           ))}
-        </nav>
+        </div>
         <div className={css.foot}>
           <Settings name={me.data?.user.name} />
         </div>
-      </header>
+      </nav>
       <main className={css.main} id="content" tabIndex={-1} aria-busy={loading}>
         {me.isError ? <ErrorNote error={me.error} retry={() => void me.refetch()} /> : me.data ? <Outlet /> : null}
       </main>
@@ -83,27 +83,10 @@ function Settings({ name }: { name: string | undefined }) {
   return (
     <Menu position="top-start" width={230} shadow="md">
       <Menu.Target>
-        <div>
-          <Button
-            className={css.account}
-            variant="subtle"
-            color="gray"
-            justify="flex-start"
-            fullWidth
-            leftSection={<Icon name="person" />}
-          >
-            {name ?? '…'}
-          </Button>
-          <ActionIcon
-            className={css.accountSmall}
-            variant="subtle"
-            color="gray"
-            size="lg"
-            aria-label={t('app.settings')}
-          >
-            <Icon name="person" />
-          </ActionIcon>
-        </div>
+        <UnstyledButton className={css.account} aria-label={`${t('app.settings')} · ${name ?? ''}`}>
+          <Icon name="person" />
+          <span>{name ?? '…'}</span>
+        </UnstyledButton>
       </Menu.Target>
       <Menu.Dropdown>
         {name ? <Menu.Label>{t('app.signedInAs', { name })}</Menu.Label> : null}

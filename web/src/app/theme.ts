@@ -7,7 +7,7 @@ const fern: MantineColorsTuple = [
   '#74c1ae',
   '#4fc3ae',
   '#2fa58f',
-  '#178672',
+  '#14806c',
   '#0b6e5f',
   '#08594d',
   '#05443b',
@@ -28,9 +28,7 @@ const slate: MantineColorsTuple = [
 
 export const theme = createTheme({
   primaryColor: 'fern',
-  primaryShade: { light: 7, dark: 4 },
-  autoContrast: true,
-  luminanceThreshold: 0.32,
+  primaryShade: { light: 7, dark: 6 },
   colors: { fern, dark: slate },
   defaultRadius: 'md',
   cursorType: 'pointer',

@@ -179,7 +179,7 @@ function Revoke({ apiKey, onDone }: { apiKey: ApiKey; onDone: () => void }) {
         </Button>
         <Button
           color="red.8"
-          autoContrast={false}
+
           loading={revoking.isPending}
           onClick={() => revoking.mutate(apiKey.id)}
         >

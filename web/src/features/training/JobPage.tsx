@@ -218,7 +218,7 @@ function Cancel({ job }: { job: Job }) {
           </Button>
           <Button
             color="red.8"
-            autoContrast={false}
+
             loading={cancelling.isPending}
             onClick={() => cancelling.mutate(job.id)}
           >

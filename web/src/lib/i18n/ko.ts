@@ -211,7 +211,7 @@ export const ko: Words<typeof en> = {
     layers: '층',
     layersText:
       '앞쪽 층은 단어를 읽고, 뒤쪽 층은 할 말을 정합니다. 누르거나, Shift를 누른 채 눌러 구간을 고르거나, 직접 입력하세요: all, first:4, last:8, 8-15,29.',
-    layer: '{{n}}번 층',
+    layer: '층 {{n}}',
     input: '입력',
     output: '출력',
     preset_all: '모두',
