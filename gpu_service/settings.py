@@ -60,6 +60,11 @@ class Settings:
     blob_cache_bytes: int = 20 * 2**30  # of fetched files on disk
 
 
+def environment() -> dict[str, str]:
+    """For who adds to it, or hands it to a process."""
+    return dict(os.environ)
+
+
 def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     def text(name: str) -> str | None:
         return env.get(name, "").strip() or None

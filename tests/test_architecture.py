@@ -29,7 +29,7 @@ FLOORS: dict[str, list[list[str]]] = {
     ],
     "gpu_service": [
         ["__main__", "notebook"],
-        ["service", "lone"],
+        ["service", "lone", "places"],
         ["app", "tunnel", "dialout", "job", "link"],
         ["bodies", "gate"],
         ["worker"],
