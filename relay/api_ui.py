@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -27,6 +27,7 @@ from relay.settings import Settings
 from relay.streams import DONE, EventStream
 
 PLAIN_PAGE = Path(__file__).with_name("page.html")
+NOTEBOOK = Path(__file__).parent.parent / "colab_server.ipynb"
 PLAIN_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 LOOK_EVERY_S = 0.5  # at a job that somebody watches
 EVENTS_AT_ONCE = 500
@@ -259,6 +260,13 @@ def _pages(routes: APIRouter, api: UiApi) -> None:
         # The address as the reader has it, which behind nginx is not ours.
         shown = plain.replace("{{here}}", html.escape(_here(request), quote=True))
         return HTMLResponse(shown, headers={"content-security-policy": PLAIN_CSP})
+
+    @routes.get(f"/{NOTEBOOK.name}", include_in_schema=False)
+    async def notebook() -> Response:
+        """What "Connect a GPU" hands out; it holds no secret, so nobody has to sign in for it."""
+        if not NOTEBOOK.is_file():
+            raise errors.NotFound("this relay was installed without the notebook: take it from the project")
+        return FileResponse(NOTEBOOK, media_type="application/x-ipynb+json", filename=NOTEBOOK.name)
 
     @routes.get("/assets/{name}", include_in_schema=False)
     async def asset(name: str, request: Request) -> Response:

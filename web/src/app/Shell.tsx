@@ -91,30 +91,21 @@ function Settings({ name }: { name: string | undefined }) {
       <Menu.Dropdown>
         {name ? <Menu.Label>{t('app.signedInAs', { name })}</Menu.Label> : null}
         <Menu.Label>{t('app.language')}</Menu.Label>
-        {(Object.entries(LANGUAGES) as [Language, string][]).map(([code, label]) => (
-          <Menu.Item
-            key={code}
-            lang={code}
-            role="menuitemradio"
-            aria-checked={i18n.language === code}
-            rightSection={i18n.language === code ? <Icon name="check" size={16} /> : null}
-            onClick={() => void setLanguage(code)}
-          >
-            {label}
-          </Menu.Item>
-        ))}
+        <Menu.RadioGroup value={i18n.language} onChange={(code) => void setLanguage(code as Language)}>
+          {Object.entries(LANGUAGES).map(([code, label]) => (
+            <Menu.RadioItem key={code} value={code} lang={code} closeMenuOnClick>
+              {label}
+            </Menu.RadioItem>
+          ))}
+        </Menu.RadioGroup>
         <Menu.Label>{t('app.theme')}</Menu.Label>
-        {THEMES.map((each) => (
-          <Menu.Item
-            key={each}
-            role="menuitemradio"
-            aria-checked={colorScheme === each}
-            rightSection={colorScheme === each ? <Icon name="check" size={16} /> : null}
-            onClick={() => setColorScheme(each)}
-          >
-            {t(`app.theme_${each}`)}
-          </Menu.Item>
-        ))}
+        <Menu.RadioGroup value={colorScheme} onChange={(scheme) => setColorScheme(scheme as MantineColorScheme)}>
+          {THEMES.map((each) => (
+            <Menu.RadioItem key={each} value={each} closeMenuOnClick>
+              {t(`app.theme_${each}`)}
+            </Menu.RadioItem>
+          ))}
+        </Menu.RadioGroup>
         <Menu.Divider />
         <Menu.Item leftSection={<Icon name="leave" size={16} />} onClick={() => void leave()}>
           {t('app.signOut')}

@@ -3,7 +3,7 @@ import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { meQuery } from '@/features/session/queries';
 import type { Gpu } from '@/types/api';
-import { Button, CloseButton, Text, Title } from '@mantine/core';
+import { Anchor, Button, CloseButton, Text, Title } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import { useState } from 'react';
 import { useTranslation } from 'react-i18next';
@@ -35,6 +35,9 @@ export function Connect({ gpus, onClose }: { gpus: readonly Gpu[]; onClose: () =
           <Text size="sm" c="dimmed">
             {t('gpus.connect1Text')}
           </Text>
+          <Anchor href="/colab_server.ipynb" download size="sm">
+            {t('gpus.download')}
+          </Anchor>
         </li>
         <li>
           <Text fw={600}>{t('gpus.connect2')}</Text>

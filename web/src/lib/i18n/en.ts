@@ -328,6 +328,7 @@ export const en = {
     connect1: 'Open a notebook with a GPU',
     connect1Text:
       'The file colab_server.ipynb in the project runs on Colab, Kaggle, Lightning and your own Jupyter. Providers have terms: Colab’s free tier does not allow web services as its main use.',
+    download: 'Download the notebook',
     connect2: 'Give it these two lines',
     connect2Text:
       'As secrets of the notebook, or in its settings cell. The token lets a GPU join: treat it like a password.',

@@ -327,6 +327,7 @@ export const ko: Words<typeof en> = {
     connect1: 'GPU가 있는 노트북을 여세요',
     connect1Text:
       '프로젝트의 colab_server.ipynb 파일은 Colab, Kaggle, Lightning과 내 Jupyter에서 돌아갑니다. 제공자마다 약관이 있습니다. Colab 무료 등급은 웹 서비스를 주된 용도로 쓰는 것을 허용하지 않습니다.',
+    download: '노트북 파일 내려받기',
     connect2: '이 두 줄을 알려 주세요',
     connect2Text:
       '노트북의 비밀 값이나 설정 셀에 넣으세요. 이 토큰이 있으면 GPU가 합류할 수 있으니 비밀번호처럼 다루세요.',
