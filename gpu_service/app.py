@@ -132,6 +132,8 @@ class _Routes:
         source, tuned = await self._resolve(body.model)
         text = body.text()
         prompt = await self._off_loop(lambda: encode(source.tokenizer, text, special=True))
+        if not prompt and source.tokenizer.bos_token_id is not None:
+            prompt = [source.tokenizer.bos_token_id]
         if not prompt:
             raise BadRequest(
                 "prompt is empty, and this model has no token to begin with: give some text.", param="prompt"
@@ -154,7 +156,7 @@ class _Routes:
             base_model=source.id,
             adapter=tuned.adapter if tuned else None,
             prompt=prompt,
-            sampling=body.sampling(min(room, body.wanted_tokens), source.config.vocab_size, body.wanted_logprobs),
+            sampling=body.sampling(min(room, body.wanted_tokens), source, body.wanted_logprobs),
             dials=body.dials_for(source.tensors, source.n_layers),
             n=body.n or 1,
             caller=request.headers.get(wire.HEADER_CALLER, ""),

@@ -141,9 +141,9 @@ class GenerationBody(Body):
         except BadRequest as exc:
             raise BadRequest(exc.message, param="dials", code=exc.code) from exc
 
-    def sampling(self, max_tokens: int, vocab: int, top_logprobs: int | None) -> Sampling:
+    def sampling(self, max_tokens: int, source: Source, top_logprobs: int | None) -> Sampling:
         """Raises BadRequest for a token that the model lacks."""
-        bias = {}
+        vocab, bias = source.config.vocab_size, {}
         for token, value in (self.logit_bias or {}).items():
             if not token.isdecimal() or int(token) >= vocab:
                 raise BadRequest(f"'{token[:50]}' is no token: they are 0 to {vocab - 1}.", param="logit_bias")
@@ -159,7 +159,7 @@ class GenerationBody(Body):
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=bias,
             seed=self.seed,
-            stop=self.stop_strings,
+            stop=self.stop_strings + (source.stop if isinstance(self, ChatBody) else ()),
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
         )

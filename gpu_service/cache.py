@@ -54,13 +54,16 @@ def class_tokens(tokens: int) -> int:
 class Whole:
     """Rows (B, T), right-padded, every position from 0: training, and a forward pass without a cache."""
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, device: torch.device, dropout: float = 0.0) -> None:
+        """`dropout` of attention weights, where gradients are kept."""
         self.positions = torch.arange(tokens, device=device)[None]
+        self._dropout = dropout
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Padding stands on the right, where no token of the row looks.
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        dropout = self._dropout if torch.is_grad_enabled() else 0.0
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
 class RowCache:

@@ -32,10 +32,21 @@ LAYER_PARTS = {
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
 }
+GPT2_LAYER_PARTS = {
+    "ln_1": "norm.attn",
+    "attn.c_attn.q": "attn.q",
+    "attn.c_attn.k": "attn.k",
+    "attn.c_attn.v": "attn.v",
+    "attn.c_proj": "attn.o",
+    "ln_2": "norm.mlp",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+}
 OUTER_PARTS = {"model.embed_tokens": "embed", "model.norm": "norm.final", "lm_head": "head"}
-PARTS = ("embed", *LAYER_PARTS.values(), "norm.final", "head")
+GPT2_OUTER_PARTS = {"wte": "embed", "wpe": "embed.position", "ln_f": "norm.final", "lm_head": "head"}
+PARTS = ("embed", "embed.position", *LAYER_PARTS.values(), "norm.final", "head")
 OF_DIFFUSION = ("attn.self", "attn.cross", "conv", "time")
-IN_A_LAYER = re.compile(r"model\.layers\.([0-9]+)\.(.+)\.(weight|bias)")
+IN_A_LAYER = re.compile(r"(?:model\.layers|h)\.([0-9]+)\.(.+)\.(weight|bias)")
 OUTSIDE = re.compile(r"(.+)\.(weight|bias)")
 
 
@@ -98,30 +109,43 @@ class Selection:
     def lowest_layer(self) -> int:
         """Everything below it is frozen. `n_layers`: only the last norm or the head is trained."""
         tensors = [*self.full, *(target.tensor for target in self.lora)]
-        return min(0 if t.part == "embed" else self.n_layers if t.layer is None else t.layer for t in tensors)
+        return min(0 if t.belongs_to("embed") else self.n_layers if t.layer is None else t.layer for t in tensors)
 
 
 def llama_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[TensorInfo]:
     """The tensors of a Llama checkpoint in the order of the forward pass. Raises UnsupportedModel for a foreign one."""
+    return _tensors(shapes, LAYER_PARTS, OUTER_PARTS)
+
+
+def gpt2_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[TensorInfo]:
+    """The same of a GPT-2, by the names under which its weights are held: linear maps, with q, k and v apart."""
+    return _tensors(shapes, GPT2_LAYER_PARTS, GPT2_OUTER_PARTS)
+
+
+def _tensors(
+    shapes: Mapping[str, tuple[int, ...]], layer_parts: Mapping[str, str], outer_parts: Mapping[str, str]
+) -> list[TensorInfo]:
     found = []
     for name, shape in shapes.items():
         layer: int | None = None
         if inside := IN_A_LAYER.fullmatch(name):
-            layer, part = int(inside[1]), LAYER_PARTS.get(inside[2])
+            layer, part = int(inside[1]), layer_parts.get(inside[2])
         else:
             outside = OUTSIDE.fullmatch(name)
-            part = OUTER_PARTS.get(outside[1]) if outside else None
+            part = outer_parts.get(outside[1]) if outside else None
         if part is None:
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # a constant that old checkpoints carry
-            raise UnsupportedModel(f"The checkpoint has a tensor '{name}', which no Llama has.", param="model")
+            raise UnsupportedModel(
+                f"The checkpoint has a tensor '{name}', which no model of its family has.", param="model"
+            )
         linear = len(shape) == 2 and part.startswith(("attn.", "mlp.", "head"))
         found.append(TensorInfo(name, tuple(shape), part, layer, linear))
     return sorted(found, key=_place)
 
 
 def _place(tensor: TensorInfo) -> tuple[float, int, bool]:
-    outside = -1.0 if tensor.part == "embed" else float("inf")
+    outside = -1.0 if tensor.belongs_to("embed") else float("inf")
     return (outside if tensor.layer is None else tensor.layer, PARTS.index(tensor.part), tensor.name.endswith(".bias"))
 
 

@@ -23,17 +23,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu}
 
 
 @dataclass(frozen=True)
-class Shape:
-    n_layers: int
-    hidden: int  # D
-    heads: int  # H
-    kv_heads: int
-    head_dim: int
-    vocab: int  # V
-    eps: float
-
-
-@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of the tokens of one pass; the same for every layer. (B or 1, 1, T, head_dim)"""
 
@@ -58,15 +47,11 @@ class Llama:
         if rope not in ROPE_TYPES:
             raise UnsupportedModel(f"its RoPE type is '{rope}'; covered are {', '.join(ROPE_TYPES)}")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = Shape(
-            n_layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=head_dim,
-            vocab=config.vocab_size,
-            eps=config.rms_norm_eps,
-        )
+        self.n_layers = int(config.num_hidden_layers)
+        self.attention_dropout = float(config.attention_dropout)
+        self._heads, self._kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._head_dim = int(head_dim)
+        self._eps = float(config.rms_norm_eps)
         self._activation = ACTIVATIONS[config.hidden_act]
         self._head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         if rope == "default":
@@ -79,7 +64,7 @@ class Llama:
 
     def geometry(self, dtype: torch.dtype, device: torch.device) -> Geometry:
         """Of the keys and values that it keeps."""
-        return Geometry(self.shape.n_layers, self.shape.kv_heads, self.shape.head_dim, dtype, device)
+        return Geometry(self.n_layers, self._kv_heads, self._head_dim, dtype, device)
 
     def embed(self, ids: Tensor, rows: Rows, attention: Attention) -> Tensor:
         """ids (B, T) -> hidden states (B, T, D). Positions come with the layers."""
@@ -108,14 +93,14 @@ class Llama:
         return h
 
     def final_norm(self, h: Tensor, rows: Rows) -> Tensor:
-        return rows.rms_norm(h, "model.norm", self.shape.eps, -1)
+        return rows.rms_norm(h, "model.norm", self._eps, -1)
 
     def unembed(self, h: Tensor, rows: Rows) -> Tensor:
         """Hidden states (..., D) behind the last norm -> logits (..., V)."""
         return rows.linear(h, self._head)
 
     def _layer(self, h: Tensor, layer: int, rope: Rope, rows: Rows, attention: Attention) -> Tensor:
-        at, eps = f"model.layers.{layer}", self.shape.eps
+        at, eps = f"model.layers.{layer}", self._eps
         x = rows.rms_norm(h, f"{at}.input_layernorm", eps, layer)
         x = self._attention(x, layer, rope, rows, attention)
         h = h + rows.gain(x, "attn", layer)
@@ -127,7 +112,7 @@ class Llama:
     def _attention(self, x: Tensor, layer: int, rope: Rope, rows: Rows, attention: Attention) -> Tensor:
         at = f"model.layers.{layer}.self_attn"
         B, T, _ = x.shape
-        H, G, Dh = self.shape.heads, self.shape.kv_heads, self.shape.head_dim
+        H, G, Dh = self._heads, self._kv_heads, self._head_dim
         q = rope.rotate(rows.linear(x, f"{at}.q_proj").view(B, T, H, Dh).transpose(1, 2))  # (B, H, T, Dh)
         k = rope.rotate(rows.linear(x, f"{at}.k_proj").view(B, T, G, Dh).transpose(1, 2))  # (B, G, T, Dh)
         v = rows.linear(x, f"{at}.v_proj").view(B, T, G, Dh).transpose(1, 2)

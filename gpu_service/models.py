@@ -5,7 +5,8 @@ Safetensors only: no pickle is ever loaded, and no code from a model's repositor
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,26 @@ from transformers.utils import logging as transformers_logging
 import wire
 from gpu_service.device import Device
 from gpu_service.errors import NoSuchModel, UnsupportedModel
-from gpu_service.layers import Estimate, Selection, TensorInfo, estimate, llama_tensors
+from gpu_service.layers import Estimate, Selection, TensorInfo, estimate, gpt2_tensors, llama_tensors
 from gpu_service.settings import BadSetting
 
 log = logging.getLogger(__name__)
 
-FAMILIES: Mapping[str, wire.Family] = {"llama": "llama", "qwen2": "llama"}  # by transformers' model_type
+# By transformers' model_type.
+FAMILIES: Mapping[str, wire.Family] = {"llama": "llama", "qwen2": "llama", "gpt2": "gpt2"}
+# For base models, which have none: plain words, so that a model that never saw a chat can follow. Ends of turns are the
+# tokenizer's end of text, which a fine-tune learns; until then an answer ends where the model begins to play the user.
+DEFAULT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+DEFAULT_STOP = ("\nUser:",)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
-IGNORED_TENSORS = "rotary_emb.inv_freq"  # a buffer that old checkpoints carry; computed from the config
+# Buffers that old checkpoints carry: RoPE's frequencies, GPT-2's causal masks. They follow from the config.
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^(transformer\.)?h\.[0-9]+\.attn\.(masked_)?bias$")
+# GPT-2 keeps its linear maps transposed, and queries, keys and values as one (Conv1D).
+CONV1D = re.compile(r"^h\.[0-9]+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Source:
     config: Any  # transformers' config object
     tokenizer: Any  # transformers' fast tokenizer
     stop_ids: frozenset[int]  # tokens that end an answer
+    stop: tuple[str, ...]  # texts that end a chat's answer
     shapes: Mapping[str, tuple[int, ...]]
     tensors: tuple[TensorInfo, ...]
 
@@ -67,7 +81,9 @@ class Source:
             selection,
             n_layers=self.n_layers,
             hidden_size=self.config.hidden_size,
-            intermediate_size=self.config.intermediate_size,
+            intermediate_size=getattr(self.config, "intermediate_size", None)
+            or getattr(self.config, "n_inner", None)
+            or 4 * self.config.hidden_size,
             vocab_size=self.config.vocab_size,
             n_heads=self.config.num_attention_heads,
             base_bytes_per_param=bytes_per_param,
@@ -161,20 +177,25 @@ def _open(id: str, folder: Path, from_hub: bool) -> Source:
             f"its architecture is '{config.model_type}', which is not covered; covered are {', '.join(FAMILIES)}"
         )
     files = _weight_files(folder)
-    shapes = _shapes(files)
+    family = FAMILIES[config.model_type]
+    shapes = _shapes(files, family)
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)  # some checkpoints store the tied matrix twice
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    has_template = tokenizer.chat_template is not None
+    if not has_template:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
     return Source(
         id=id,
         folder=folder,
         revision=folder.resolve().name if from_hub else _fingerprint(folder, files),
-        family=FAMILIES[config.model_type],
+        family=family,
         config=config,
         tokenizer=tokenizer,
         stop_ids=_stop_ids(folder, config, tokenizer),
+        stop=() if has_template else DEFAULT_STOP,
         shapes=shapes,
-        tensors=tuple(llama_tensors(shapes)),
+        tensors=tuple(gpt2_tensors(shapes) if family == "gpt2" else llama_tensors(shapes)),
     )
 
 
@@ -187,14 +208,35 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+def _shapes(files: list[Path], family: wire.Family) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if IGNORED_TENSORS not in name:
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                if not IGNORED_TENSORS.search(name):
+                    empty = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+                    shapes |= {held: tuple(part.shape) for held, part in as_held(family, name, empty)}
     return shapes
+
+
+def as_held(family: wire.Family, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensor under the names and in the shapes in which all code here knows it.
+
+    Only GPT-2 differs: no prefix, every linear map (out, in), and `c_attn` as `c_attn.q`, `.k` and `.v`.
+    """
+    if family != "gpt2":
+        yield name, tensor
+        return
+    name = name.removeprefix("transformer.")
+    found = CONV1D.match(name)
+    if found and found[2] == "weight":
+        tensor = tensor.T.contiguous()
+    if found and found[1] == "attn.c_attn":
+        stem = name.removesuffix(f".{found[2]}")
+        for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"{stem}.{part}.{found[2]}", piece.clone()
+    else:
+        yield name, tensor
 
 
 def _fingerprint(folder: Path, files: list[Path]) -> str:
@@ -225,7 +267,9 @@ def read_weights(source: Source, device: Device) -> dict[str, Tensor]:
     for file in _weight_files(source.folder):
         with safe_open(file, framework="pt", device=str(device.torch)) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if name in source.shapes:
-                    weights[name] = tensors.get_tensor(name).to(device.precision.dtype)
+                if not IGNORED_TENSORS.search(name):
+                    tensor = tensors.get_tensor(name).to(device.precision.dtype)
+                    held = as_held(source.family, name, tensor)
+                    weights |= {n: part for n, part in held if n in source.shapes}
     assert all(torch.is_floating_point(w) for w in weights.values())
     return weights

@@ -48,8 +48,10 @@ class Rows:
         full: Mapping[str, Tensor] | None = None,
         lora: Sequence[Mapping[str, Lora] | None] = (),  # by row; a single one stands for every row
         dials: Sequence[Dials | None] = (),  # by row
+        dropout: bool = False,
     ) -> None:
         self._weights = weights
+        self.dropout = dropout  # in training
         self._full = full or {}
         self._gains: dict[str, Tensor] = {}
         self._device = next(iter(weights.values())).device
@@ -114,6 +116,22 @@ class Rows:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + scale)
         return self.weight(f"{name}.weight") * wide.to(x.dtype)
+
+    def layer_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
+        """LayerNorm over the last dimension, with weight and bias. `layer` -1 is the final norm."""
+        bias = self.weight(f"{name}.bias")
+        y = F.layer_norm(x, x.shape[-1:], self.weight(f"{name}.weight"), bias, eps)
+        if not self._gains:
+            return y
+        # Another epsilon is another scale before the bias; rows that turn nothing keep torch's own result to the bit.
+        factor = self._gains["eps"][layer]  # (B, 1, 1)
+        variance = x.float().var(-1, keepdim=True, correction=0)
+        ratio = torch.sqrt((variance + eps) / (variance + eps * factor))
+        return torch.where(factor == 1.0, y, ((y - bias) * ratio + bias).to(y.dtype))
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        """Dropout in training, and only where gradients are kept: frozen layers compute as they do in serving."""
+        return F.dropout(x, p) if self.dropout and p and torch.is_grad_enabled() else x
 
     def gain(self, block: Tensor, dial: str, layer: int) -> Tensor:
         """What a block (`attn` or `mlp`) adds to the residual stream, (B, T, D), times the rows' dials."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Pool, RowCache, Slot, class_tokens
+from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import translate
-from gpu_service.llama import Llama
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
 from gpu_service.sampling import Drawn, Sampler, Sampling
@@ -54,7 +54,7 @@ class Served:
     """A base model as it is served."""
 
     model: str
-    decoder: Llama
+    decoder: Decoder
     weights: Mapping[str, Tensor]
     tokenizer: Any
     stop_ids: frozenset[int]
@@ -140,7 +140,7 @@ class _Reader:
         ids = torch.tensor([chunk], device=self.cache.keys[0].device)
         attention = self.cache.reading(len(chunk))
         h = served.decoder.embed(ids, self.rows, attention)
-        h = served.decoder.layers(h, 0, served.decoder.shape.n_layers, self.rows, attention)
+        h = served.decoder.layers(h, 0, served.decoder.n_layers, self.rows, attention)
         if self.cache.length < len(prompt):
             return None
         return served.decoder.unembed(served.decoder.final_norm(h[:, -1:], self.rows), self.rows)[0, 0]
@@ -162,7 +162,7 @@ class _Group:
             self._rows_of = slots, _rows([self.rows[slot].request for slot in slots])
         rows, decoder = self._rows_of[1], self._served.decoder
         ids = torch.tensor([[self.rows[slot].tokens[-1]] for slot in slots], device=attention.positions.device)
-        h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.shape.n_layers, rows, attention)
+        h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
         logits = decoder.unembed(decoder.final_norm(h, rows), rows)[:, 0]  # (B, V)
         likeliest = logits.argmax(-1).tolist()
         ended = []

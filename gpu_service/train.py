@@ -18,10 +18,10 @@ import wire
 from gpu_service.artifacts import Lora
 from gpu_service.cache import Whole
 from gpu_service.data import Batch, TokenStore, epoch_order
+from gpu_service.decoder import Decoder
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest
 from gpu_service.layers import Selection
-from gpu_service.llama import Llama
 from gpu_service.models import Base, Source
 from gpu_service.rows import Rows
 
@@ -151,7 +151,7 @@ def plan(
     )
 
 
-def run(job: Job, base: Base, decoder: Llama, device: Device) -> Iterator[Progress | Trained]:
+def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Progress | Trained]:
     """Train, one micro-batch per `next`; the last thing yielded is what came of it.
 
     Raises Diverged when the loss is no longer a number.
@@ -160,7 +160,7 @@ def run(job: Job, base: Base, decoder: Llama, device: Device) -> Iterator[Progre
     plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
     full, lora = trainable(job.selection, base, job.seed)
     parameters = [*full.values(), *(p for pair in lora.values() for p in (pair.a, pair.b))]
-    rows = Rows(base.weights, full=full, lora=[lora])
+    rows = Rows(base.weights, full=full, lora=[lora], dropout=True)
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
     step = tokens = 0
@@ -225,7 +225,7 @@ def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Te
 
 
 def summed_loss(
-    decoder: Llama, rows: Rows, batch: Batch, lowest: int, device: Device, *, chunk_tokens: int = LOSS_CHUNK_TOKENS
+    decoder: Decoder, rows: Rows, batch: Batch, lowest: int, device: Device, *, chunk_tokens: int = LOSS_CHUNK_TOKENS
 ) -> Tensor:
     """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
 
@@ -233,10 +233,9 @@ def summed_loss(
     labels are held at once.
     """
     ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
-    n_layers = decoder.shape.n_layers
-    embeds = lowest == 0 and rows.weight("model.embed_tokens.weight").requires_grad
-    attention = Whole(ids.shape[1], ids.device)
-    with torch.set_grad_enabled(embeds and torch.is_grad_enabled()):
+    n_layers = decoder.n_layers
+    attention = Whole(ids.shape[1], ids.device, decoder.attention_dropout if rows.dropout else 0.0)
+    with torch.set_grad_enabled(lowest == 0 and torch.is_grad_enabled()):
         h = decoder.embed(ids, rows, attention)
     with torch.no_grad():
         h = decoder.layers(h, 0, lowest, rows, attention) if lowest else h

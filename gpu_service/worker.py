@@ -20,10 +20,10 @@ from typing import Generic, TypeVar
 import torch
 
 from gpu_service import artifacts, train
+from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.device import Device, translate
 from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
-from gpu_service.llama import Llama
 from gpu_service.models import Base, Models
 from gpu_service.rows import Dials
 from gpu_service.sampling import Sampling
@@ -285,7 +285,7 @@ class Worker:
     def _serve(self, base: Base) -> Served:
         source = base.source
         if source.id not in self._served:
-            decoder = Llama(source.config, self._device.torch)
+            decoder = decoders.build(source.family, source.config, self._device.torch)
             self._served[source.id] = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids)
         return self._served[source.id]
 

@@ -7,9 +7,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may depend on a hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
 import pytest
 
 from demo import model
+
+# A busy machine is no reason to fail: what takes how long is for the benches.
+hypothesis.settings.register_profile("ours", deadline=None)
+hypothesis.settings.load_profile("ours")
 
 ROOT = Path(__file__).parent.parent
 TINY = "tiny"

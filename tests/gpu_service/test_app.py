@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -117,7 +116,7 @@ async def test_a_caller_of_a_stream_who_leaves_stops_the_row_within_a_step(gpu: 
 
 async def test_a_caller_without_a_stream_who_leaves_stops_the_row_within_a_step(gpu: Gpu) -> None:
     asking = asyncio.create_task(gpu.http.post("/v1/completions", json=LONG))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while gpu.worker.active_requests == 0:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     asking.cancel()
@@ -125,11 +124,11 @@ async def test_a_caller_without_a_stream_who_leaves_stops_the_row_within_a_step(
 
 
 async def nobody_is_served(gpu: Gpu) -> None:
-    start = time.monotonic()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while gpu.worker.active_requests or len(gpu.worker._text):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
-    assert time.monotonic() - start < 2, "500 tokens would have taken longer"
+    # A row that had gone on to its end would have left its 500 tokens for another turn.
+    assert all(len(tokens) < 400 for _, tokens in gpu.worker._text._reuse._entries)
 
 
 async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_after(gpu: Gpu) -> None:

@@ -8,7 +8,7 @@ from gpu_service.artifacts import Lora
 from gpu_service.llama import Llama
 from gpu_service.models import Base
 from gpu_service.rows import Dials, Rows
-from tests.gpu_service.test_llama import whole_logits
+from tests.gpu_service.test_decoders import whole_logits
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 99, 1234, 7, 42], [8, 1, 2, 3, 4]])

@@ -1,19 +1,29 @@
-"""Our decoder against transformers' own models: logits, greedy text, loss and gradients, in fp32."""
+"""Our decoders against transformers' own models: logits, greedy text, loss and gradients, in fp32."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from gpu_service.cache import Pool, RowCache, Whole
 from gpu_service.data import Batch
+from gpu_service.decoder import Decoder, build
 from gpu_service.device import Device
 from gpu_service.errors import UnsupportedModel
 from gpu_service.llama import Llama
-from gpu_service.models import Base
+from gpu_service.models import FAMILIES, Base, as_held
 from gpu_service.rows import Rows
 from gpu_service.train import summed_loss
 
@@ -50,28 +60,39 @@ VARIANTS: dict[str, Any] = {
         **SMALL, num_key_value_heads=2, attention_bias=True, mlp_bias=True, head_dim=32, rms_norm_eps=1e-3
     ),
     "qwen2: biases on q, k and v only": Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=True),
+    "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=3, n_head=4, n_positions=512, initializer_range=0.2),
+    "gpt2, narrow, relu": GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=3, n_head=2, n_inner=96, n_positions=512, activation_function="relu"
+    ),
 }
+KINDS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gpt2": GPT2LMHeadModel}
 
 
 def reference(config: Any) -> Any:
     torch.manual_seed(1)
-    kind = Qwen2ForCausalLM if config.model_type == "qwen2" else LlamaForCausalLM
-    model = kind(config).eval()
+    model = KINDS[config.model_type](config).eval()
     with torch.no_grad():  # transformers starts biases at zero and norms at one, which would hide mistakes
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
+            if name.endswith("bias") or "norm" in name or "ln_" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if "rotary" not in name}
+    """As models.py holds them."""
+    family = FAMILIES[model.config.model_type]
+    stored = {name: tensor for name, tensor in model.state_dict().items() if "rotary" not in name}
+    return {held: part for name, tensor in stored.items() for held, part in as_held(family, name, tensor)}
 
 
-def whole_logits(decoder: Llama, rows: Rows, ids: Tensor) -> Tensor:
+def decoder_of(config: Any) -> Decoder:
+    return build(FAMILIES[config.model_type], config, CPU)
+
+
+def whole_logits(decoder: Decoder, rows: Rows, ids: Tensor) -> Tensor:
     """ids (B, T), right-padded -> (B, T, V), without a cache."""
     attention = Whole(ids.shape[1], CPU)
-    h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.shape.n_layers, rows, attention)
+    h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
     return decoder.unembed(decoder.final_norm(h, rows), rows)
 
 
@@ -89,7 +110,7 @@ def mixed_prompts(vocab: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
 def test_logits_equal_those_of_transformers_for_prompts_of_mixed_length(variant: str) -> None:
     config = VARIANTS[variant]
     model = reference(config)
-    decoder, rows = Llama(config, CPU), Rows(weights_of(model))
+    decoder, rows = decoder_of(config), Rows(weights_of(model))
     ids, lengths = mixed_prompts(300, [41, 7, 90, 1])
     ours = whole_logits(decoder, rows, ids)
     for row, length in enumerate(lengths):
@@ -102,7 +123,7 @@ def test_cached_rows_of_mixed_length_that_come_and_go_equal_the_whole_forward(va
     """Prompts read in unequal chunks; then single tokens together, in several size classes; one row leaves midway."""
     config = VARIANTS[variant]
     model = reference(config)
-    decoder, rows = Llama(config, CPU), Rows(weights_of(model))
+    decoder, rows = decoder_of(config), Rows(weights_of(model))
     geometry = decoder.geometry(torch.float32, CPU)
     ids, _ = mixed_prompts(300, [400, 400, 400, 400])
     pool, lengths = Pool(geometry), [5, 253, 60, 255]  # two of them outgrow the smallest class on the way
@@ -160,16 +181,12 @@ def test_loss_and_gradients_equal_autograd_through_transformers(variant: str, lo
     ids, lengths = mixed_prompts(300, [20, 33, 9])
     learn = torch.arange(33) < lengths[:, None]
     learn[:, :5] = False
-    trained = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name == "model.norm.weight"
-        or (lowest == 0 and "embed" in name)
-        or any(name.startswith(f"model.layers.{layer}.") for layer in range(lowest, 3))
-    }
-    full = {name: parameter.detach().clone().requires_grad_() for name, parameter in trained.items()}
+    # Our own copies of the trained tensors, as held; and which of transformers' parameters each is a part of.
+    parameters = {name: p for name, p in model.named_parameters() if trains(name, lowest)}
+    held = {n: part for name, p in parameters.items() for n, part in as_held(FAMILIES[config.model_type], name, p)}
+    full = {name: part.detach().clone().requires_grad_() for name, part in held.items()}
     rows = Rows(weights_of(model), full=full)
-    ours = summed_loss(Llama(config, CPU), rows, Batch(ids, learn, lengths), lowest, cpu)
+    ours = summed_loss(decoder_of(config), rows, Batch(ids, learn, lengths), lowest, cpu)
     ours.backward()  # type: ignore[no-untyped-call]
 
     theirs = torch.zeros(())
@@ -179,10 +196,18 @@ def test_loss_and_gradients_equal_autograd_through_transformers(variant: str, lo
         theirs = theirs + F.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
     theirs.backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-5)
-    for name, parameter in trained.items():
+    for name, parameter in parameters.items():
         assert parameter.grad is not None
-        scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(full[name].grad, parameter.grad, atol=1e-5 * max(1.0, scale), rtol=1e-4)
+        for n, gradient in as_held(FAMILIES[config.model_type], name, parameter.grad):
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(full[n].grad, gradient, atol=1e-5 * max(1.0, scale), rtol=1e-4)
+
+
+def trains(name: str, lowest: int) -> bool:
+    """The last norm, every layer from `lowest`, and with layer 0 the embedding."""
+    if layer := re.search(r"\.([0-9]+)\.", name):
+        return int(layer[1]) >= lowest
+    return name.endswith(("model.norm.weight", "ln_f.weight", "ln_f.bias")) or (lowest == 0 and "lm_head" not in name)
 
 
 def test_a_loss_in_chunks_equals_the_loss_in_one(smol: Base, cpu: Device) -> None:
@@ -206,8 +231,10 @@ def test_a_loss_in_chunks_equals_the_loss_in_one(smol: Base, cpu: Device) -> Non
         (LlamaConfig(**SMALL, hidden_act="gelu"), "gelu"),
         (LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
         (Qwen2Config(**SMALL, use_sliding_window=True, num_key_value_heads=4), "sliding-window"),
+        (GPT2Config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        (GPT2Config(activation_function="silu"), "silu"),
     ],
 )
 def test_what_the_block_does_not_cover_is_refused_by_name(config: Any, named: str) -> None:
     with pytest.raises(UnsupportedModel, match=named):
-        Llama(config, CPU)
+        decoder_of(config)
