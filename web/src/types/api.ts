@@ -72,10 +72,9 @@ export const file = z.object({
 });
 export type DataFile = z.infer<typeof file>;
 
-const numberOrAuto = z.union([z.number(), z.literal('auto')]);
-export const hyperparameters = z.record(z.string(), numberOrAuto.nullable());
+export const hyperparameters = z.record(z.string(), z.unknown()); // numbers, "auto", and what later servers add
 
-export const jobStatus = z.enum(['queued', 'running', 'paused', 'succeeded', 'failed', 'cancelled']);
+export const jobStatus = z.enum(['queued', 'running', 'paused', 'succeeded', 'failed', 'cancelled']).catch('running');
 export type JobStatus = z.infer<typeof jobStatus>;
 export const OPEN_STATUS: readonly JobStatus[] = ['queued', 'running', 'paused'];
 

@@ -52,7 +52,7 @@ export function JobPage() {
             <LossChart train={progress.train} valid={progress.valid} totalSteps={progress.totalSteps} />
           ) : (
             <Text c="dimmed" className={css.noLoss}>
-              {t('job.noLoss')}
+              {isOpen(job) ? t('job.noLoss') : t('job.noSteps')}
             </Text>
           )}
         </Card>
@@ -127,9 +127,7 @@ function Facts({ job, progress }: { job: Job; progress: Progress }) {
   const gpu = gpus.data?.find((each) => each.id === job.gpu);
   const hyper = (name: string) => {
     const value = job.hyperparameters[name];
-    return value === undefined || value === null || value === 'auto'
-      ? t('training.auto')
-      : Number(value.toPrecision(4)).toString();
+    return typeof value === 'number' ? Number(value.toPrecision(4)).toString() : t('training.auto');
   };
   const rows: [string, ReactNode][] = [
     [t('training.stepModel'), job.model],

@@ -43,8 +43,9 @@ export function progressOf(events: readonly JobEvent[]): Progress {
   return progress;
 }
 
-/** Exponential mean without the pull to zero of its start. */
-export function smooth(points: readonly Point[], weight = 0.85): Point[] {
+/** Exponential mean over about a tenth of the run, without the pull to zero of its start. */
+export function smooth(points: readonly Point[]): Point[] {
+  const weight = Math.min(0.95, Math.max(0, 1 - 10 / points.length));
   let sum = 0;
   let total = 0;
   return points.map(({ step, loss }) => {

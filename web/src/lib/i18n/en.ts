@@ -278,6 +278,7 @@ export const en = {
     smoothed: 'smoothed',
     validLoss: 'validation',
     noLoss: 'The curve appears with the first step.',
+    noSteps: 'It ended before the first step.',
     lossSummary: 'Training loss from {{first}} to {{last}} in {{steps}} steps.',
     step: 'step',
     events: 'What happened',

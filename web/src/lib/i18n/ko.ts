@@ -277,6 +277,7 @@ export const ko: Words<typeof en> = {
     smoothed: '평균',
     validLoss: '검증',
     noLoss: '첫 걸음이 끝나면 곡선이 나타납니다.',
+    noSteps: '첫 걸음을 떼기 전에 끝났습니다.',
     lossSummary: '학습 손실이 {{steps}}걸음 동안 {{first}}에서 {{last}}(으)로 바뀌었습니다.',
     step: '걸음',
     events: '있었던 일',
