@@ -50,10 +50,10 @@ class OpenAIApi:
         """Raises InvalidKey, Forbidden."""
         return await self.sessions.caller(request.headers)
 
-    async def forward(self, request: Request, model: Model, target: str, body: bytes = b"") -> Response:
+    async def forward(self, request: Request, user: User, model: Model, target: str, body: bytes = b"") -> Response:
         headers = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}
         headers["x-request-id"] = request.state.request_id
-        return self.proxy.forward(Ask(model.base, request.method, target, body, headers))
+        return self.proxy.forward(Ask(user.id, model.base, request.method, target, body, headers))
 
     async def generate(self, request: Request) -> Response:
         """Raises InvalidKey, TooLarge, InvalidRequest, ModelNotFound; the gpu judges the rest of the body."""
@@ -63,7 +63,7 @@ class OpenAIApi:
         model = await self.models.resolve(user.id, string_field(fields, "model"))
         if not isinstance(fields.get("stream", False), bool | None):
             raise errors.InvalidRequest("stream: use true or false", param="stream")
-        return await self.forward(request, model, request.url.path, body)
+        return await self.forward(request, user, model, request.url.path, body)
 
     async def refused_layers(self, model: Model, layers: list[dict[str, Any]]) -> Response | None:
         """A gpu's 400 about these layers; None if it accepts them, or none can be asked now."""
@@ -107,7 +107,7 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
         """What can be trained in this model. A tuned model has the layers of its base."""
         user = await api.user(request)
         model = await api.models.resolve(user.id, model_id)
-        return await api.forward(request, model, f"/v1/models/{quote(model.base, safe='/')}/layers")
+        return await api.forward(request, user, model, f"/v1/models/{quote(model.base, safe='/')}/layers")
 
     @routes.get("/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> JSONResponse:
@@ -128,7 +128,7 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
         model = await api.models.resolve(user.id, string_field(fields, "model"))
         if model.is_tuned:
             body = json.dumps({**fields, "model": model.base}).encode()
-        return await api.forward(request, model, PREVIEW, body)
+        return await api.forward(request, user, model, PREVIEW, body)
 
 
 def _files(routes: APIRouter, api: OpenAIApi) -> None:

@@ -234,7 +234,9 @@ def _generations(routes: APIRouter, api: UiApi) -> None:
         model = await api.models.resolve(user.id, string_field(asked.body, "model"))
         headers = {"content-type": "application/json", "x-request-id": request.state.request_id}
         body = json.dumps({**asked.body, "stream": True}).encode()
-        generation = api.generations.start(user.id, Ask(model.base, "POST", TARGETS[asked.kind], body, headers))
+        generation = api.generations.start(
+            user.id, Ask(user.id, model.base, "POST", TARGETS[asked.kind], body, headers)
+        )
         return api.stream(generation, 0)
 
     @routes.get("/generations/{generation_id}")

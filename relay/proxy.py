@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+import wire
 from relay import errors
 from relay.gpu_client import GpuAnswer, GpuClient
 from relay.gpus import Gpus
@@ -34,6 +35,7 @@ BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 class Ask:
     """What to ask of whichever gpu has the model."""
 
+    caller: str  # a user's id; a gpu is fair between callers
     base_model: str
     method: str
     target: str  # path and query, as the gpu gets them
@@ -90,7 +92,8 @@ class Proxy:
     async def _open(self, to: Endpoint, ask: Ask) -> Opened:
         with contextlib.ExitStack() as held:
             held.enter_context(self._gpus.busy(to.gpu_id))
-            answer = await self._client.send(to, ask.method, ask.target, ask.body, ask.headers)
+            headers = {**ask.headers, wire.HEADER_CALLER: ask.caller}
+            answer = await self._client.send(to, ask.method, ask.target, ask.body, headers)
             held.callback(answer.close)
             chunks = answer.chunks()
             first = await anext(chunks, b"")
