@@ -74,7 +74,7 @@ export function GeneratePage() {
   ) : null;
 
   return (
-    <div className={css.page}>
+    <div className={model ? css.page : `${css.page} ${css.bare}`}>
       <h1 className={css.hidden}>{t('generate.title')}</h1>
       <div className={css.talk}>
         {narrow && model ? (
@@ -99,7 +99,11 @@ export function GeneratePage() {
               <Skeleton height={70} mt="md" />
             </div>
           ) : !model && turns.length === 0 ? (
-            <Empty title={t('generate.noModels')} text={t('generate.noModelsText')}>
+            <Empty
+              title={t('generate.noModels')}
+              text={t('generate.noModelsText')}
+              picture={<ModelPicker models={models.data ?? []} model={undefined} onPick={() => undefined} />}
+            >
               <Button component={Link} to="/gpus" leftSection={<Icon name="chip" />}>
                 {t('generate.connect')}
               </Button>
@@ -110,16 +114,18 @@ export function GeneratePage() {
             <Conversation turns={turns} onRetry={how ? () => retry(how) : undefined} />
           )}
         </div>
-        <div className={css.foot}>
-          <Composer
-            ref={composer}
-            running={running}
-            disabled={!how}
-            label={how?.kind === 'completion' ? t('generate.prompt') : t('generate.message')}
-            onSend={(text) => how && ask(text, how)}
-            onStop={stop}
-          />
-        </div>
+        {model || turns.length > 0 ? (
+          <div className={css.foot}>
+            <Composer
+              ref={composer}
+              running={running}
+              disabled={!how}
+              label={how?.kind === 'completion' ? t('generate.prompt') : t('generate.message')}
+              onSend={(text) => how && ask(text, how)}
+              onStop={stop}
+            />
+          </div>
+        ) : null}
       </div>
       {narrow ? (
         <Drawer
