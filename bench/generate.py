@@ -1,0 +1,278 @@
+"""Text generation side by side with `transformers serve --continuous-batching`, over HTTP with streaming, in one run.
+
+Both serve SmolLM2-135M-Instruct in bf16, each in a process and an environment of its own. Greedy, exactly N_TOKENS new
+tokens (end of text ignored: by a field here, by a model folder without one there), prompts that differ each time, 1, 8
+and 32 streams; the two sides take turns, and medians of the repetitions count. Then, on our side alone: eight rows with
+eight dial settings, and with eight LoRA adapters, against eight plain rows; and the first token after a changed dial.
+
+The last line is JSON. Speed ratios above 1 mean that ours is faster; time to first token and memory are ours / peer;
+costs are fractions. Run it by `make bench-generate`, on a machine that does nothing else.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+
+from demo import model as demo_model
+from tests.end_to_end.stack import Gpu, Relay, Service, ended, follow, free_port, running
+
+ROOT = Path(__file__).parent.parent
+PEER = ("torch==2.13.0", "transformers[serving]==5.23.0", "accelerate==1.15.0")
+N_TOKENS = 128
+LOADS = (1, 8, 32)
+UNUSED_TOKEN = 3  # a special token that greedy decoding does not choose; the peer's end of text
+WORDS = (ROOT / "README.md").read_text().split()
+
+
+@dataclass(frozen=True)
+class Side:
+    name: str
+    url: str
+    headers: dict[str, str]
+    model: str
+    extra: dict[str, Any]
+    pid: int
+
+
+@dataclass
+class Heard:
+    """One stream: when it was asked, and when each piece came. Seconds."""
+
+    asked: float
+    times: list[float]
+
+    @property
+    def first(self) -> float:
+        return self.times[0] - self.asked
+
+
+@dataclass(frozen=True)
+class Load:
+    tokens_per_s: float
+    first_p50_s: float
+    first_p95_s: float
+    between_p99_s: float
+
+
+def prompt(rng: random.Random) -> str:
+    return " ".join(rng.choices(WORDS, k=40))
+
+
+async def stream(http: httpx2.AsyncClient, side: Side, **extra: Any) -> Heard:
+    body = {
+        "model": side.model,
+        "messages": [{"role": "user", "content": extra.pop("prompt")}],
+        "max_tokens": N_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        **side.extra,
+        **extra,
+    }
+    heard = Heard(time.perf_counter(), [])
+    async with http.stream("POST", f"{side.url}/v1/chat/completions", json=body, headers=side.headers) as response:
+        if response.status_code != 200:
+            await response.aread()
+            raise RuntimeError(f"{side.name}: {response.status_code} {response.text[:500]}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(f"{side.name}: {event}")
+                if event["choices"] and event["choices"][0]["delta"].get("content"):
+                    heard.times.append(time.perf_counter())
+    return heard
+
+
+async def load(http: httpx2.AsyncClient, side: Side, extras: list[dict[str, Any]]) -> Load:
+    start = time.perf_counter()
+    heard = await asyncio.gather(*(stream(http, side, **extra) for extra in extras))
+    seconds = time.perf_counter() - start
+    firsts = sorted(h.first for h in heard)
+    gaps = sorted(b - a for h in heard for a, b in zip(h.times, h.times[1:], strict=False))
+    return Load(
+        len(extras) * N_TOKENS / seconds,
+        statistics.median(firsts),
+        firsts[min(len(firsts) - 1, int(0.95 * len(firsts)))],
+        gaps[int(0.99 * len(gaps))] if gaps else 0.0,
+    )
+
+
+def median(loads: list[Load]) -> Load:
+    return Load(*(statistics.median(values) for values in zip(*(vars(x).values() for x in loads), strict=True)))
+
+
+def peak_bytes(pid: int) -> int:
+    """Of a process and its children, at their highest."""
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        total += 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return total
+
+
+def peer_python(folder: Path) -> Path:
+    python = folder / "bin/python"
+    if not (folder / "done").exists():
+        print("making the peer's environment ...", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEER], check=True)
+        (folder / "done").touch()
+    return python
+
+
+def without_end(model: Path, folder: Path) -> Path:
+    """The same model, whose end of text never comes: the peer has no field to ignore it."""
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.name in ("config.json", "generation_config.json"):
+            config = json.loads(file.read_text())
+            (folder / file.name).write_text(json.dumps({**config, "eos_token_id": UNUSED_TOKEN}))
+        else:
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+@contextmanager
+def peer(model: Path, folder: Path) -> Iterator[Side]:
+    port = free_port()
+    command = [str(peer_python(ROOT / "data/bench/peer")), "-m", "transformers.cli.transformers", "serve", str(model)]
+    options = ["--continuous-batching", "--device", "cpu", "--dtype", "bfloat16", "--port", str(port)]
+    with (folder / "peer.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *options], stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
+        while True:
+            try:
+                httpx2.get(f"{url}/v1/models", timeout=5)
+                break
+            except httpx2.TransportError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError((folder / "peer.log").read_text()[-3000:]) from None
+                time.sleep(0.5)
+        yield Side("peer", url, {}, str(model), {}, process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def adapters(relay: Relay, model: str, n: int) -> list[str]:
+    """Tuned models of one training step each: their values don't matter, their sizes do."""
+    client = relay.client()
+    rows = (ROOT / "demo/captain.jsonl").read_bytes().splitlines()[:8]
+    file = client.files.create(file=("rows.jsonl", b"\n".join(rows)), purpose="fine-tune")
+    ids = [
+        client.fine_tuning.jobs.create(
+            model=model,
+            training_file=file.id,
+            seed=seed,
+            hyperparameters={"n_epochs": 1, "batch_size": 8},
+            extra_body={"layers": {"method": "lora", "parts": ["attn", "mlp"], "layers": "all", "rank": 16}},
+        ).id
+        for seed in range(n)
+    ]
+    return [follow(relay, job_id, ended, 600).fine_tuned_model for job_id in ids]
+
+
+async def compare(ours: Side, theirs: Side, repetitions: int) -> dict[str, Any]:
+    rng = random.Random(1)
+    results: dict[tuple[str, int], list[Load]] = {(s.name, n): [] for s in (ours, theirs) for n in LOADS}
+    async with httpx2.AsyncClient(timeout=600, limits=httpx2.Limits(max_connections=64)) as http:
+        for side in (ours, theirs):
+            await load(http, side, [{"prompt": prompt(rng)} for _ in range(2)])  # warm
+        for _ in range(repetitions):
+            for n in LOADS:
+                for side in (ours, theirs):
+                    results[side.name, n].append(await load(http, side, [{"prompt": prompt(rng)} for _ in range(n)]))
+    for (name, n), loads in results.items():
+        m = median(loads)
+        print(
+            f"{name:5} {n:2} streams: {m.tokens_per_s:6.1f} tokens/s, first token p50 {m.first_p50_s:.3f} s "
+            f"p95 {m.first_p95_s:.3f} s, between tokens p99 {1000 * m.between_p99_s:.0f} ms"
+        )
+    pairs = {n: (median(results["ours", n]), median(results["peer", n])) for n in LOADS}
+    return {
+        "tok_s_ratio": {str(n): round(a.tokens_per_s / b.tokens_per_s, 2) for n, (a, b) in pairs.items()},
+        "ttft_p50_ratio": {str(n): round(a.first_p50_s / b.first_p50_s, 2) for n, (a, b) in pairs.items()},
+        "rss_ratio": round(peak_bytes(ours.pid) / peak_bytes(theirs.pid), 2),
+    }
+
+
+async def costs(ours: Side, tuned: list[str], repetitions: int) -> dict[str, float]:
+    rng = random.Random(2)
+    turned = [{"attn": 0.9 + 0.02 * i, "mlp": 1.1 - 0.02 * i, "eps": 1.0 + i} for i in range(8)]
+    plain: list[float] = []
+    dialled: list[float] = []
+    adapted: list[float] = []
+    first_plain: list[float] = []
+    first_turned: list[float] = []
+    async with httpx2.AsyncClient(timeout=600) as http:
+        for model in tuned:  # fetched and loaded before the clock runs
+            await stream(http, ours, model=model, prompt="hello", max_tokens=2)
+        for _ in range(repetitions):
+            asked = [{"prompt": prompt(rng)} for _ in range(8)]
+            plain.append((await load(http, ours, asked)).tokens_per_s)
+            asked = [{"prompt": prompt(rng), "dials": d} for d in turned]
+            dialled.append((await load(http, ours, asked)).tokens_per_s)
+            asked = [{"prompt": prompt(rng), "model": m} for m in tuned]
+            adapted.append((await load(http, ours, asked)).tokens_per_s)
+            for i in range(3):
+                first_plain.append((await stream(http, ours, prompt=prompt(rng), max_tokens=4)).first)
+                dials = {"attn": 0.9 + 0.01 * len(first_turned), "mlp": 1.0 + 0.01 * i}
+                first_turned.append((await stream(http, ours, prompt=prompt(rng), max_tokens=4, dials=dials)).first)
+    base = statistics.median(plain)
+    return {
+        "dials_cost": round(base / statistics.median(dialled) - 1, 3),
+        "adapters_cost": round(base / statistics.median(adapted) - 1, 3) if tuned else float("nan"),
+        "dial_change_ttft_ratio": round(statistics.median(first_turned) / statistics.median(first_plain), 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=3)
+    repetitions = parser.parse_args().repetitions
+    model = demo_model.ensure(ROOT / "data")
+    threads = {"OMP_NUM_THREADS": str(psutil.cpu_count(logical=False) or os.cpu_count() or 1)}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        relay = Relay(folder / "relay")
+        stack.enter_context(running(relay))
+        gpu = Gpu(folder / "gpu", {model.name: model}, relay, GPU_PRECISION="bf16", **threads)
+        stack.enter_context(running(gpu))
+        relay.serves(model.name)
+        theirs = stack.enter_context(peer(without_end(model, folder / "without-end"), folder))
+        headers = {"authorization": f"Bearer {gpu.key}"}
+        ours = Side("ours", gpu.url, headers, model.name, {"ignore_eos": True}, pid_of(gpu))
+        compared = asyncio.run(compare(ours, theirs, repetitions))
+        cost = asyncio.run(costs(ours, adapters(relay, model.name, 8), repetitions))
+    print(json.dumps(compared | cost))
+    return 0
+
+
+def pid_of(service: Service) -> int:
+    assert service.process
+    return service.process.pid
+
+
+if __name__ == "__main__":
+    sys.exit(main())
