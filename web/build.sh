@@ -75,10 +75,10 @@ if [ "$(cat dist/.stamp 2>/dev/null)" != "$wanted" ]; then
 fi
 if [ "${1:-}" = check ]; then
     say 'page: prettier, eslint, tsc, vitest, size'
-    run 'prettier' npx prettier --check .
-    run 'eslint' npx eslint .
-    run 'tsc' npx tsc --noEmit
-    run 'vitest' npx vitest run
+    run 'prettier' node_modules/.bin/prettier --check .
+    run 'eslint' node_modules/.bin/eslint .
+    run 'tsc' node_modules/.bin/tsc --noEmit
+    run 'vitest' node_modules/.bin/vitest run
     run 'the size' node scripts/size.mjs
     tail -n 1 "$log"
 fi

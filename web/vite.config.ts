@@ -13,7 +13,7 @@ export default defineConfig(({ command }) => ({
     target: 'es2022',
     assetsInlineLimit: 0, // data: URLs are not allowed by the page's policy
     modulePreload: { polyfill: false },
-    chunkSizeWarningLimit: 700,
+    chunkSizeWarningLimit: 900,
   },
   server: { proxy: { '/api': relay, '/v1': relay } },
   test: { include: ['src/**/*.test.ts'], environment: 'node' },
