@@ -1,7 +1,7 @@
 """`serve()`, which the notebook calls: settings from wherever they are, the service in a thread, a live status.
 
 The service has an event loop of its own in a thread of its own, so the kernel's loop needs no patching, and an
-interrupt reaches this thread alone (docs/decisions/0006-the-notebook-serves-from-a-thread.md).
+interrupt reaches this thread alone (docs/decisions/0007-the-notebook-serves-from-a-thread.md).
 """
 
 import asyncio
