@@ -15,11 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before transformers is imported: no progress bars and no hints in a service's log.
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one request a time; its threads would fight the model's
-
 import uvicorn
+from huggingface_hub.utils import disable_progress_bars
 
 import wire
 from gpu_service import device as devices
@@ -32,7 +29,7 @@ from gpu_service.gate import Gate
 from gpu_service.job import Jobs, JobView
 from gpu_service.link import Link
 from gpu_service.models import Models
-from gpu_service.settings import BadSetting, Settings
+from gpu_service.settings import BadSetting, Settings, one_tokenizing_thread
 from gpu_service.tunnel import Kept, Tunnel
 from gpu_service.worker import AdapterFiles, Worker
 
@@ -119,6 +116,8 @@ class Service:
     async def run(self) -> None:
         """Until cancelled; then answers under way are ended, and nothing is left running. Raises BadSetting."""
         settings = self._settings
+        disable_progress_bars()  # neither a log nor a notebook's cell is the place
+        one_tokenizing_thread()
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         key = kept_secret(self.key_file, settings.key, "sk-gpu-")
         instance = kept_secret(settings.data_dir / "instance", None, "")

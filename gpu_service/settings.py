@@ -60,6 +60,11 @@ class Settings:
     blob_cache_bytes: int = 20 * 2**30  # of fetched files on disk
 
 
+def one_tokenizing_thread() -> None:
+    """The tokenizers' library reads this when it is first used; its threads would fight the model's."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def environment() -> dict[str, str]:
     """For who adds to it, or hands it to a process."""
     return dict(os.environ)
