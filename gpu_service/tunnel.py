@@ -11,6 +11,7 @@ import re
 import shutil
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 WATCH_S = 5.0
 CLOUDFLARED_S = 60.0  # from its start to a connection
 STOP_S = 3.0
+DIED_MEANWHILE = (OSError, HTTPException)  # in the middle of an answer, which pyngrok lets through as it is
 NGROK_QUOTA = "a free account has 20,000 requests and 1 GB out a month"  # https://ngrok.com/pricing
 
 # https://ngrok.com/docs/errors: by number, what to do, and whether trying again can help.
@@ -201,7 +203,7 @@ class Ngrok:
             ngrok.kill(self._config)  # what is left of one that died
             tunnel = ngrok.connect(self._target, "http", pyngrok_config=self._config, inspect=False, **options)
             self._process = ngrok.get_ngrok_process(self._config)
-        except exception.PyngrokError as exc:
+        except (exception.PyngrokError, *DIED_MEANWHILE) as exc:
             ngrok.kill(self._config)
             raise explained(" ".join(filter(None, (str(exc), str(getattr(exc, "ngrok_error", "") or ""))))) from exc
         self._url = str(tunnel.public_url)
@@ -220,7 +222,7 @@ class Ngrok:
             return False
         try:
             tunnels = {t.public_url: t for t in ngrok.get_tunnels(self._config)}
-        except exception.PyngrokError as exc:
+        except (exception.PyngrokError, *DIED_MEANWHILE) as exc:
             log.warning("the ngrok agent does not answer: %s", exc)
             return False
         if self._url not in tunnels:
