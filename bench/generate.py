@@ -229,7 +229,7 @@ async def costs(ours: Side, tuned: list[str], repetitions: int) -> dict[str, flo
         for model in tuned:  # fetched and loaded before the clock runs
             await stream(http, ours, model=model, prompt="hello", max_tokens=2)
         for _ in range(repetitions):
-            asked = [{"prompt": prompt(rng)} for _ in range(8)]
+            asked: list[dict[str, Any]] = [{"prompt": prompt(rng)} for _ in range(8)]
             plain.append((await load(http, ours, asked)).tokens_per_s)
             asked = [{"prompt": prompt(rng), "dials": d} for d in turned]
             dialled.append((await load(http, ours, asked)).tokens_per_s)
