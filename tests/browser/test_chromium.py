@@ -28,7 +28,7 @@ FLAGS += ["--disable-background-networking", "--disable-component-update"]
 WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}
 LANGUAGES = {"ko": "ko-KR", "en": "en-US"}
 ROW = {"messages": [{"role": "user", "content": "Ahoy?"}, {"role": "assistant", "content": "Arr, matey!"}]}
-SLOW_MS = 60_000  # a small machine writes a few words a second
+SLOW_MS = 120_000  # a small machine writes a few words a second
 
 
 @pytest.fixture(scope="module")
