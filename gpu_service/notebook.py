@@ -25,7 +25,7 @@ import psutil
 
 from gpu_service import places
 from gpu_service import tunnel as tunnels
-from gpu_service.lone import LoneRelay, RelayDied
+from gpu_service.lone import LoneRelay, RelayDied, build_page
 from gpu_service.places import Place
 from gpu_service.service import Service, Status, listen
 from gpu_service.settings import TABLE, BadSetting, Settings, environment, from_env
@@ -70,6 +70,11 @@ def _serve(given: dict[str, str]) -> NoReturn:
         listener = stack.enter_context(contextlib.closing(_listen(settings)))
         lone = front = None
         if settings.relay_url is None:
+            screen.show("Building the page, a minute the first time ... 페이지를 만드는 중, 처음에는 1분쯤 ...")
+            if reason := build_page(env):
+                print(
+                    f"The page could not be built; the API works. 페이지를 만들지 못했습니다. API는 됩니다.\n{reason}"
+                )
             screen.show("Starting a relay beside this gpu ... 릴레이를 시작하는 중 ...")
             lone = LoneRelay(settings.data_dir.parent, env)
             stack.callback(lone.stop)

