@@ -113,7 +113,8 @@ class _Routes:
         body = bodies.parse(bodies.PreviewBody, await self._p.gate.admit(request))
         source, _ = await self._resolve(body.model)
         # Off the event loop: a caller's regular expression may take its time.
-        return JSONResponse(await self._off_loop(lambda: bodies.preview(source, body, self._p.device)))
+        speed = self._p.worker.flops_per_s(source.id)
+        return JSONResponse(await self._off_loop(lambda: bodies.preview(source, body, self._p.device, speed)))
 
     async def chat(self, request: Request) -> Response:
         body = bodies.parse(bodies.ChatBody, await self._p.gate.admit(request))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import wire
-from gpu_service import layers
+from gpu_service import layers, train
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, NotYet
 from gpu_service.layers import TensorInfo
@@ -38,7 +38,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
 }
-PREVIEW_ROWS, PREVIEW_TOKENS = 4, 256  # the micro-batch whose memory a preview states
+PREVIEW_ROWS, PREVIEW_TOKENS = 4, 256  # the micro-batch whose memory a preview states where no data is named
+FILE_BYTES_PER_TOKEN = 5  # of a JSONL file: about four of text, and what JSON adds
 MOST_ANSWERS = 8  # to one prompt
 DEFAULT_CHAT_TOKENS = 2048  # an answer ends here when the caller names no limit, for its memory is set aside at once
 DEFAULT_COMPLETION_TOKENS = 16  # as the OpenAI API has it for /v1/completions
@@ -201,19 +202,40 @@ class CompletionBody(GenerationBody):
         return self.prompt[0]
 
 
+class DataSize(Body):
+    """Of a training file, as the relay tells it."""
+
+    rows: Annotated[int, Field(ge=1, le=10**9)]
+    bytes: Annotated[int, Field(ge=1, le=10**15)]
+
+
 class PreviewBody(Body):
     model: str
     layers: wire.LayerSpec | Annotated[list[wire.LayerSpec], Field(min_length=1, max_length=16)]
+    data: DataSize | None = None  # with it, the time that training takes
+    hyperparameters: wire.Hyperparameters = wire.Hyperparameters()
 
     @property
     def specs(self) -> list[wire.LayerSpec]:
         return self.layers if isinstance(self.layers, list) else [self.layers]
 
 
-def preview(source: Source, body: PreviewBody, device: Device) -> dict[str, Any]:
-    """What a layer spec trains and what it costs, in a batch of PREVIEW_ROWS x PREVIEW_TOKENS."""
+def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: float | None) -> dict[str, Any]:
+    """What a layer spec trains and what it costs. `flops_per_s`: of this device with this model, if it is known."""
     selection = layers.select(source.tensors, body.specs, tied=source.tied)
-    cost = source.cost(selection, PREVIEW_ROWS, PREVIEW_TOKENS, device.precision.dtype.itemsize)
+    wanted, rows, tokens = body.hyperparameters, PREVIEW_ROWS, PREVIEW_TOKENS
+    if body.data:
+        longest = train.max_length(wanted.max_length_tokens, source)
+        tokens = min(longest, max(1, body.data.bytes // body.data.rows // FILE_BYTES_PER_TOKEN))  # of a usual row
+        rows = train.micro_rows(wanted, source, selection, train.batch_rows(wanted, body.data.rows), tokens, device)
+    times = {}
+    if flops_per_s:
+        token_s = layers.training_flops(selection, source.tensors, tied=source.tied) / flops_per_s
+        times["chat_pause_s"] = round(rows * tokens * token_s, 2)
+        if body.data:
+            seen = train.n_epochs(wanted, body.data.rows) * body.data.rows * tokens
+            times["time_s"] = round(seen * token_s, 1)
+    cost = source.cost(selection, rows, tokens, device.precision.dtype.itemsize)
     lora = {t.tensor.name: t for t in selection.lora}
     tensors = [
         {
@@ -243,7 +265,8 @@ def preview(source: Source, body: PreviewBody, device: Device) -> dict[str, Any]
             "adapter": cost.adapter_bytes,
             "total": cost.total,
         },
-        "batch": {"rows": PREVIEW_ROWS, "tokens": PREVIEW_TOKENS},
+        **times,
+        "batch": {"rows": rows, "tokens": tokens},
         "notes": list(selection.notes),
         "tensors": tensors,
     }

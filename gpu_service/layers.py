@@ -351,6 +351,24 @@ def estimate(
     )
 
 
+def forward_flops(tensors: Sequence[TensorInfo], *, tied: bool) -> int:
+    """Of one token through every layer and the head: two for each weight of a linear map."""
+    return 2 * sum(t.n_params for t in tensors if t.linear or (tied and t.part == "embed"))
+
+
+def training_flops(selection: Selection, tensors: Sequence[TensorInfo], *, tied: bool) -> float:
+    """Of one token, forward and backward.
+
+    All layers run forward. From the lowest trained one upwards gradients flow back, as much again; and a tensor that is
+    trained in full takes its own gradient, as much once more. Half of all tokens carry a label and so meet the head.
+    """
+    head = sum(t.n_params for t in tensors if t.part == ("embed" if tied else "head"))
+    forward = forward_flops(tensors, tied=tied) - 2 * head
+    lowest = selection.lowest_layer
+    above = 2 * sum(t.n_params for t in tensors if t.linear and t.layer is not None and t.layer >= lowest)
+    return forward + above + 2 * selection.n_trainable + 0.5 * 4 * head
+
+
 def summary(selection: Selection, estimate: Estimate) -> str:
     """One line for a person: "160 of 272 tensors, 1.2 M trainable parameters (0.9 % of 134.5 M), about 1.1 GB"."""
     share = 100 * selection.n_trainable / selection.total_params

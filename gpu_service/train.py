@@ -123,19 +123,9 @@ def plan(
     wanted: wire.Hyperparameters, source: Source, selection: Selection, store: TokenStore, length: int, device: Device
 ) -> Plan:
     """Sensible values for whatever is "auto", from the data set's size, the method and the free memory."""
-    n = len(store)
-    batch = min(n, 8 if n >= 64 else max(1, n // 8)) if wanted.batch_size == "auto" else min(n, wanted.batch_size)
-    steps = math.ceil(n / batch)
-    epochs = min(10, max(1, round(AIMED_STEPS / steps))) if wanted.n_epochs == "auto" else wanted.n_epochs
-    if wanted.micro_batch_rows == "auto":
-        longest = store.report.longest
-        by_time = (MICRO_BATCH_TOKENS if device.torch.type == "cpu" else MICRO_BATCH_TOKENS_GPU) // longest
-        a_row = source.cost(selection, 1, longest, device.precision.dtype.itemsize)
-        fixed = a_row.gradients_bytes + a_row.optimizer_bytes + a_row.adapter_bytes
-        by_memory = int(FREE_SHARE * (device.free_bytes() - fixed)) // a_row.activations_bytes
-        micro = max(1, min(batch, by_time, by_memory))
-    else:
-        micro = min(batch, wanted.micro_batch_rows)
+    batch, epochs = batch_rows(wanted, len(store)), n_epochs(wanted, len(store))
+    steps = math.ceil(len(store) / batch)
+    micro = micro_rows(wanted, source, selection, batch, store.report.longest, device)
     multiplier = 1.0 if wanted.learning_rate_multiplier == "auto" else wanted.learning_rate_multiplier
     base_rate = LEARNING_RATES["full" if selection.full else "lora"]
     rate = base_rate if wanted.learning_rate == "auto" else wanted.learning_rate
@@ -149,6 +139,29 @@ def plan(
         steps_per_epoch=steps,
         warmup_steps=max(1, round(WARMUP_SHARE * epochs * steps)),
     )
+
+
+def batch_rows(wanted: wire.Hyperparameters, rows: int) -> int:
+    """Rows of one optimizer step, of a data set of so many."""
+    return min(rows, (8 if rows >= 64 else max(1, rows // 8)) if wanted.batch_size == "auto" else wanted.batch_size)
+
+
+def n_epochs(wanted: wire.Hyperparameters, rows: int) -> int:
+    steps = math.ceil(rows / batch_rows(wanted, rows))
+    return min(10, max(1, round(AIMED_STEPS / steps))) if wanted.n_epochs == "auto" else wanted.n_epochs
+
+
+def micro_rows(
+    wanted: wire.Hyperparameters, source: Source, selection: Selection, batch: int, longest: int, device: Device
+) -> int:
+    """Rows of one slice, the longest having `longest` tokens: as many as time and free memory allow."""
+    if wanted.micro_batch_rows != "auto":
+        return min(batch, wanted.micro_batch_rows)
+    by_time = (MICRO_BATCH_TOKENS if device.torch.type == "cpu" else MICRO_BATCH_TOKENS_GPU) // longest
+    a_row = source.cost(selection, 1, longest, device.precision.dtype.itemsize)
+    fixed = a_row.gradients_bytes + a_row.optimizer_bytes + a_row.adapter_bytes
+    by_memory = int(FREE_SHARE * (device.free_bytes() - fixed)) // a_row.activations_bytes
+    return max(1, min(batch, by_time, by_memory))
 
 
 def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Progress | Trained]:

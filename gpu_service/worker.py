@@ -19,13 +19,14 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gpu_service import artifacts, train
+from gpu_service import artifacts, layers, train
 from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
+from gpu_service.cache import Whole
 from gpu_service.device import Device, translate
 from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
 from gpu_service.models import Base, Models
-from gpu_service.rows import Dials
+from gpu_service.rows import Dials, Rows
 from gpu_service.sampling import Sampling
 from gpu_service.scheduler import Scheduler
 from gpu_service.settings import Settings
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PREFILL_CHUNK_TOKENS = 256  # of a prompt, in one step; the others get a token in between
 PREFILL_CHUNK_TOKENS_GPU = 2048
+
+PROBE_TOKENS = 64  # of the pass that measures how fast a model runs here
 
 T = TypeVar("T")
 
@@ -131,6 +134,7 @@ class Worker:
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self._trainings: list[Training] = []
         self._served: dict[str, Served] = {}
+        self._speeds: dict[str, float] = {}  # flops a second, by model
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = self._refusing = False
@@ -152,6 +156,10 @@ class Worker:
         """From now on every answer under way ends with an error, and so does every new one."""
         self._refusing = True
         self._post(lambda: self._text.fail_all(Stopping("This gpu is stopping.")))
+
+    def flops_per_s(self, model: str) -> float | None:
+        """What this device does with this model, measured when it was loaded; None before that."""
+        return self._speeds.get(model)
 
     @property
     def active_requests(self) -> int:
@@ -286,8 +294,24 @@ class Worker:
         source = base.source
         if source.id not in self._served:
             decoder = decoders.build(source.family, source.config, self._device.torch)
-            self._served[source.id] = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids)
+            served = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids)
+            self._served[source.id] = served
+            self._speeds[source.id] = layers.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)
         return self._served[source.id]
+
+    @torch.inference_mode()
+    def _token_s(self, served: Served) -> float:
+        """Seconds that a token takes in a short prompt; of two passes the second counts."""
+        ids = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=self._device.torch)
+        rows, seconds = Rows(served.weights), 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            attention = Whole(PROBE_TOKENS, self._device.torch)
+            h = served.decoder.embed(ids, rows, attention)
+            h = served.decoder.layers(h, 0, served.decoder.n_layers, rows, attention)
+            served.decoder.unembed(served.decoder.final_norm(h, rows), rows).sum().item()  # waits for the device
+            seconds = time.perf_counter() - start
+        return seconds / PROBE_TOKENS
 
     def _adapter(self, wanted: AdapterFiles, base: Base) -> Adapter:
         """On the device, in the base's precision; the least recently used leave when the budget is spent."""

@@ -187,6 +187,8 @@ def test_from_a_refused_file_to_a_tuned_models_answer(
         page.get_by_role("button", name="Layer 22", exact=True).click()
         expect(page.locator("input").get_by_text("last:8")).to_have_count(0)
         expect(page.get_by_text("49 of 272 tensors")).to_be_visible()
+        expect(page.get_by_text(re.compile("^About .* (s|min)"))).to_be_visible()
+        expect(page.get_by_text(re.compile("^Chat pauses for "))).to_be_visible()
         page.get_by_text("Training settings").click()
         page.get_by_label("Epochs").fill("2")
         page.get_by_label("Name of the tuned model").fill("matey")

@@ -226,6 +226,21 @@ async def test_layers_are_described_and_a_spec_is_previewed(gpu: Gpu) -> None:
     assert "7 of 38 tensors" in preview["summary"]
 
 
+async def test_a_preview_with_a_data_set_tells_the_time_and_the_pause_for_chat(gpu: Gpu) -> None:
+    await gpu.http.post("/v1/completions", json={"model": TINY, "prompt": "Once", "max_tokens": 1})  # it is loaded now
+
+    async def ask(**more: Any) -> dict[str, Any]:
+        asked = {"model": TINY, "layers": {"method": "full", "parts": ["attn"], "layers": "2-3"}, **more}
+        return (await gpu.http.post("/v1/layers/preview", json=asked)).json()  # type: ignore[no-any-return]
+
+    data = {"rows": 1000, "bytes": 200_000}
+    once, thrice = [await ask(data=data, hyperparameters={"n_epochs": n, "batch_size": 4}) for n in (1, 3)]
+    assert thrice["time_s"] == pytest.approx(3 * once["time_s"], rel=0.01, abs=0.2)
+    assert once["batch"] == {"rows": 4, "tokens": 40}
+    assert 0 < once["chat_pause_s"] < once["time_s"]
+    assert "time_s" not in await ask()
+
+
 @pytest.mark.parametrize(
     ("spec", "code", "says"),
     [

@@ -18,6 +18,7 @@ import {
   EMPTY,
   formOf,
   HYPER,
+  hyperOf,
   PARTS,
   requestOf,
   specOf,
@@ -30,7 +31,7 @@ import { LayerPicker } from './LayerPicker';
 import { parseLayers } from './layers';
 import css from './NewJobPage.module.css';
 import { PreviewCard } from './PreviewCard';
-import { createJob, layersQuery } from './queries';
+import { createJob, filesQuery, layersQuery, type Training } from './queries';
 
 const PREVIEW_AFTER_MS = 350;
 
@@ -49,8 +50,14 @@ export function NewJobPage() {
   const structure = useQuery({ ...layersQuery(model?.id ?? ''), enabled: model?.available === true });
   const parsed = model ? parseLayers(form.layers, model.n_layers) : null;
   const spec = specOf(filled);
-  const readable = parsed?.ok && spec.parts.length > 0 ? JSON.stringify(spec) : null;
+  const file = useQuery(filesQuery).data?.find((each) => each.id === form.fileId);
+  const training: Training = {
+    hyperparameters: hyperOf(form),
+    ...(file?.rows ? { data: { rows: file.rows, bytes: file.bytes } } : {}),
+  };
+  const readable = parsed?.ok && spec.parts.length > 0 ? JSON.stringify({ spec, training }) : null;
   const [settled] = useDebouncedValue(readable, PREVIEW_AFTER_MS);
+  const shown = settled ? (JSON.parse(settled) as { spec: ReturnType<typeof specOf>; training: Training }) : null;
   const request = parsed?.ok ? requestOf(filled) : null;
 
   const starting = useMutation({
@@ -132,7 +139,8 @@ export function NewJobPage() {
           <Card title={t('training.preview')}>
             <PreviewCard
               model={model?.id ?? null}
-              spec={settled && readable ? (JSON.parse(settled) as ReturnType<typeof specOf>) : null}
+              spec={shown && readable ? shown.spec : null}
+              training={shown?.training ?? training}
             />
             {starting.error ? <ErrorNote error={starting.error} /> : null}
             {form.fileId ? null : (

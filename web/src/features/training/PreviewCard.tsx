@@ -7,18 +7,19 @@ import { Text } from '@mantine/core';
 import { keepPreviousData, useQuery } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
 import css from './PreviewCard.module.css';
-import { previewQuery } from './queries';
+import { previewQuery, type Training } from './queries';
 
 interface Props {
   model: string | null;
   spec: LayerSpec | null; // null: the form can't be read yet
+  training: Training;
 }
 
 /** What the choice costs, before anything runs. The numbers stay, paler, while new ones are on their way. */
-export function PreviewCard({ model, spec }: Props) {
+export function PreviewCard({ model, spec, training }: Props) {
   const { t } = useTranslation();
   const preview = useQuery({
-    ...previewQuery(model ?? '', spec ?? { method: 'lora', parts: [], layers: '' }),
+    ...previewQuery(model ?? '', spec ?? { method: 'lora', parts: [], layers: '' }, training),
     enabled: model !== null && spec !== null,
     placeholderData: keepPreviousData,
   });

@@ -50,17 +50,19 @@ export function specOf(form: Form): LayerSpec {
 
 export const suffixIsGood = (suffix: string): boolean => /^[A-Za-z0-9_-]{0,64}$/.test(suffix);
 
+export const hyperOf = (form: Form): Record<string, number | 'auto'> =>
+  Object.fromEntries(HYPER.map((name) => [name, form.hyper[name] ?? ('auto' as const)]));
+
 /** Null while something is still to be filled in. */
 export function requestOf(form: Form): NewJob | null {
   const spec = specOf(form);
   if (!form.model || !form.fileId || spec.parts.length === 0 || !suffixIsGood(form.suffix)) return null;
-  const hyperparameters = Object.fromEntries(HYPER.map((name) => [name, form.hyper[name] ?? ('auto' as const)]));
   return {
     model: form.model,
     training_file: form.fileId,
     ...(form.suffix ? { suffix: form.suffix } : {}),
     layers: spec,
-    method: { type: 'supervised', supervised: { hyperparameters } },
+    method: { type: 'supervised', supervised: { hyperparameters: hyperOf(form) } },
   };
 }
 

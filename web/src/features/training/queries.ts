@@ -38,13 +38,19 @@ export const layersQuery = (model: string) =>
   });
 
 /** What a choice of layers costs. Asked anew with every change, so the key is the choice. */
-export const previewQuery = (model: string, spec: LayerSpec) =>
+export const previewQuery = (model: string, spec: LayerSpec, training: Training) =>
   queryOptions({
-    queryKey: ['preview', model, spec],
-    queryFn: ({ signal }) => api.post('/v1/layers/preview', { model, layers: spec }, preview, signal),
+    queryKey: ['preview', model, spec, training],
+    queryFn: ({ signal }) => api.post('/v1/layers/preview', { model, layers: spec, ...training }, preview, signal),
     retry: false,
     staleTime: 60_000,
   });
+
+/** What decides how long it takes; the data set once one is chosen. */
+export interface Training {
+  data?: { rows: number; bytes: number };
+  hyperparameters: Record<string, number | 'auto'>;
+}
 
 export interface NewJob {
   model: string;
