@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import httpx2
 
-from demo import model, screen, services
+from demo import gpt2, model, screen, services
 from demo.screen import Screen
 from demo.services import Died, Service
 from demo.tour import ANSWER_TOKENS, QUESTION, Tour, TourFailed
@@ -127,7 +127,7 @@ def _serve(settings: Settings, out: Screen, running: list[Service]) -> NoReturn:
                 "GPU_ENROL_TOKEN": token,
                 "GPU_TUNNEL": "none",
                 "GPU_PUBLIC_URL": settings.gpu_url,
-                "GPU_MODELS": f"{model.NAME}={folder}",
+                "GPU_MODELS": f"{model.NAME}={folder},{gpt2.NAME}={gpt2.FOLDER}",
                 "HF_HUB_OFFLINE": "1",
             },
             settings.data_dir / "gpu.log",
