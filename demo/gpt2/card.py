@@ -44,8 +44,8 @@ goes on where it was stopped. Saved in fp16, because the weights lie far inside 
 of each than bf16. The dropout of 0.1 in `config.json` is for fine-tuning; this training went without.
 
 **What it cannot do.** It knows about a thousand words, 36 names, a dozen questions and the plots of its grammar. Other
-text it meets with a story, or with nonsense. In one story in three or so a name or a thing changes on the way, and a
-few fall apart; greedy ones are the steadiest.
+text it meets with a story, or with nonsense. Sentences hold, longer threads slip: of 48 stories
+sampled at 0.7, 21 named a third being, 30 called the hero's one relative by two words, and a few fell apart.
 
 ## Samples
 
