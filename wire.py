@@ -19,7 +19,13 @@ SIGNATURE_WINDOW_S = 60.0  # a signed request is good this long, on the relay's 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
+# What the database can hold; a larger number is refused as any other wrong field.
+MAX_COUNT = 2**31 - 1  # INTEGER
+MAX_BYTES = 2**53  # within BIGINT, and exact in JSON of any language
+
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
+Fence = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 Auto = Literal["auto"]
 Family = Literal["llama", "gpt2", "sd"]
 
@@ -72,7 +78,7 @@ class Hyperparameters(Message):
     batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # rows an optimizer step sees
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000)] | Auto = "auto"
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = "auto"  # before the multiplier
-    max_length_tokens: Annotated[int, Field(ge=8)] | Auto = "auto"  # longer rows are cut, and counted
+    max_length_tokens: Annotated[int, Field(ge=8, le=MAX_COUNT)] | Auto = "auto"  # longer rows are cut, and counted
     micro_batch_rows: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # rows of one slice of training
 
 
@@ -81,7 +87,7 @@ class FileRef(Message):
 
     name: str = Field(min_length=1, max_length=200)
     sha256: Sha256
-    bytes: int = Field(ge=0)
+    bytes: Bytes
 
 
 class JobSpec(Message):
@@ -117,8 +123,8 @@ class TunedModel(Message):
 class Device(Message):
     kind: Literal["cpu", "cuda", "mps"]
     name: str = Field(max_length=200)
-    memory_bytes: int = Field(ge=0)
-    free_bytes: int = Field(ge=0)
+    memory_bytes: Bytes
+    free_bytes: Bytes
     precision: str = Field(max_length=20)
     precision_why: str = Field(max_length=200)
 
@@ -128,14 +134,14 @@ class OfferedModel(Message):
 
     id: str = Field(min_length=1, max_length=200)
     family: Family
-    n_layers: int = Field(ge=1)
-    context_tokens: int = Field(ge=1)
+    n_layers: int = Field(ge=1, le=MAX_COUNT)
+    context_tokens: int = Field(ge=1, le=MAX_COUNT)
     loaded: bool
 
 
 class HeldLease(Message):
     job_id: str
-    fence: int = Field(ge=1)
+    fence: Fence
 
 
 class EnrolRequest(Message):
@@ -174,10 +180,10 @@ class ChallengeReply(Message):
 
 
 class Heartbeat(Message):
-    free_bytes: int = Field(ge=0)
+    free_bytes: Bytes
     models: list[OfferedModel] = Field(max_length=200)
     leases: list[HeldLease] = Field(max_length=100)
-    active_requests: int = Field(ge=0)
+    active_requests: int = Field(ge=0, le=MAX_COUNT)
 
 
 class GrantLease(Message):
@@ -215,7 +221,7 @@ class Goodbye(Message):
 
 
 class JobEvent(Message):
-    seq: int = Field(ge=0)  # counts from 0 within one lease: a batch sent twice is stored once
+    seq: int = Field(ge=0, le=MAX_COUNT)  # counts from 0 within one lease: a batch sent twice is stored once
     at: float  # unix time, on the relay's clock as the gpu knows it
     type: Literal["message", "metrics"] = "message"
     level: Literal["info", "warn", "error"] = "info"
@@ -226,7 +232,7 @@ class JobEvent(Message):
 class JobEvents(Message):
     """POST /gpu/jobs/{id}/events. Renews the lease, even when empty. 409: the lease is lost, stop."""
 
-    fence: int = Field(ge=1)
+    fence: Fence
     events: list[JobEvent] = Field(max_length=1000)
 
 
@@ -242,10 +248,10 @@ class JobError(Message):
 class JobResult(Message):
     """POST /gpu/jobs/{id}/finish, once the adapter's blobs are stored. Exactly one of `adapter` and `error`."""
 
-    fence: int = Field(ge=1)
+    fence: Fence
     adapter: AdapterManifest | None = None
     error: JobError | None = None
-    trained_tokens: int = Field(default=0, ge=0)
+    trained_tokens: int = Field(default=0, ge=0, le=MAX_BYTES)
     hyperparameters: Hyperparameters | None = None  # as resolved: no "auto" left
 
 
@@ -308,13 +314,13 @@ class SignedBy(Message):
     """Who signed; the key is looked up by these two."""
 
     gpu_id: str
-    epoch: int
+    epoch: int = Field(ge=0, le=MAX_COUNT)
 
     @classmethod
     def claimed(cls, headers: Mapping[str, str]) -> Self:
         try:
             return cls(gpu_id=headers[HEADER_GPU], epoch=int(headers[HEADER_EPOCH]))
-        except (KeyError, ValueError) as exc:
+        except (KeyError, ValueError) as exc:  # ValidationError is a ValueError
             raise BadSignature("the request is not signed") from exc
 
 

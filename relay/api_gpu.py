@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastapi import APIRouter, Query, Request, WebSocket
+from fastapi import APIRouter, Request, WebSocket
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
@@ -122,7 +122,7 @@ def router(api: GpuApi) -> APIRouter:
         return JSONResponse({"status": job.status, "fine_tuned_model": job.fine_tuned_model})
 
     @routes.head("/jobs/{job_id}/blobs/{sha256}")
-    async def has_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: int = Query(ge=1)) -> Response:
+    async def has_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> Response:
         """Asked before an upload, so that what is here already is not sent again."""
         by, _ = await api.signed(request)
         await api.leases.check_lease(by, job_id, fence)
@@ -132,7 +132,7 @@ def router(api: GpuApi) -> APIRouter:
         return Response(headers={"content-length": str(size_bytes)})
 
     @routes.put("/jobs/{job_id}/blobs/{sha256}")
-    async def put_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: int = Query(ge=1)) -> JSONResponse:
+    async def put_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
         by, promised = await api.signed(request)
         if promised != sha256:
             raise errors.BadSignature("the signature is about another blob than the path: sign again")

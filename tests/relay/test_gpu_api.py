@@ -81,6 +81,39 @@ async def test_altered_stale_and_misdirected_requests_are_refused(relay: Relay, 
     assert code_of(other_epoch) == (401, "unknown_gpu")
 
 
+@pytest.mark.parametrize("epoch", ["99999999999999999999", str(2**31), "-1", "one"])
+async def test_an_epoch_that_can_not_be_is_no_signature(relay: Relay, gpu: DoubleGpu, epoch: str) -> None:
+    headers = gpu.sign("POST", "/gpu/heartbeat", BEAT) | {wire.HEADER_EPOCH: epoch}
+    assert code_of(await gpu.http.post("/gpu/heartbeat", content=BEAT, headers=headers)) == (401, "bad_signature")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("/gpu/heartbeat", {"free_bytes": 2**64, "models": [], "leases": [], "active_requests": 0}),
+        ("/gpu/heartbeat", {"free_bytes": 1, "models": [], "leases": [], "active_requests": 2**64}),
+        (
+            "/gpu/heartbeat",
+            {"free_bytes": 1, "models": [], "active_requests": 0, "leases": [{"job_id": "j", "fence": 2**64}]},
+        ),
+        ("/gpu/jobs/j/events", {"fence": 2**64, "events": []}),
+        ("/gpu/jobs/j/events", {"fence": 1, "events": [{"seq": 2**64, "at": 1, "message": "m"}]}),
+        ("/gpu/jobs/j/finish", {"fence": 1, "trained_tokens": 2**64}),
+    ],
+)
+async def test_a_number_that_no_column_holds_is_refused(
+    relay: Relay, gpu: DoubleGpu, target: str, message: dict[str, Any]
+) -> None:
+    assert code_of(await gpu.call("POST", target, json.dumps(message).encode())) == (400, "invalid_value")
+
+
+async def test_a_fence_that_no_column_holds_is_refused(relay: Relay, gpu: DoubleGpu) -> None:
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    for method, body in (("HEAD", b""), ("PUT", b"x")):
+        response = await gpu.call(method, f"/gpu/jobs/j/blobs/{sha256}?fence={2**64}", body)
+        assert response.status_code == 400
+
+
 async def test_a_signature_is_checked_before_the_body_is_parsed(relay: Relay, gpu: DoubleGpu) -> None:
     response = await gpu.http.post("/gpu/heartbeat", content=b"{{{")
     assert code_of(response) == (401, "bad_signature")
