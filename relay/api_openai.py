@@ -26,6 +26,7 @@ from relay.sessions import Sessions
 from relay.settings import Settings
 
 FORM_OVERHEAD_BYTES = 2**16  # what a form may be larger than its file
+MAX_ACCEPT_CHARS = 200  # a longer one is not passed on: it stands in a frame's head, which has a bound
 PREVIEW = "/v1/layers/preview"
 
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -51,8 +52,11 @@ class OpenAIApi:
         return await self.sessions.caller(request.headers)
 
     async def forward(self, request: Request, user: User, model: Model, target: str, body: bytes = b"") -> Response:
-        headers = {name: request.headers[name] for name in ("content-type", "accept") if name in request.headers}
-        headers["x-request-id"] = request.state.request_id
+        headers = {"x-request-id": request.state.request_id}
+        if body:
+            headers["content-type"] = "application/json"  # it was parsed as that
+        if 0 < len(accept := request.headers.get("accept", "")) <= MAX_ACCEPT_CHARS:
+            headers["accept"] = accept
         return self.proxy.forward(Ask(user.id, model.base, request.method, target, body, headers))
 
     async def generate(self, request: Request) -> Response:
@@ -140,7 +144,7 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
             raise errors.TooLarge(f"larger than {limit_bytes:,} bytes, which is the limit here: send less")
         form = Form(request.headers.get("content-type"))
         async with api.blobs.incoming(limit_bytes) as incoming:
-            await form.read(request.stream(), incoming.write)
+            await form.read(request.stream(), incoming.write, limit_bytes + FORM_OVERHEAD_BYTES)
             if form.filename is None:
                 raise errors.InvalidRequest("file: is missing", param="file")
             for name in form.fields.keys() - {"purpose"}:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
@@ -17,6 +17,7 @@ import wire
 from relay import errors
 
 MAX_FIELD_BYTES = 10_000
+MAX_FIELDS = 8
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -107,26 +108,35 @@ class Form:
         self._name = ""
         self._in_file = self._ended = False
         self._value = bytearray()
-        self._parser = MultipartParser(
-            options[b"boundary"],
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
-                "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_end,
-                "on_part_data": self._data,
-                "on_part_end": self._end,
-                "on_end": self._finished,
-            },
-        )
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_end,
+                    "on_part_data": self._data,
+                    "on_part_end": self._end,
+                    "on_end": self._finished,
+                },
+            )
+        except FormParserError as exc:
+            raise errors.InvalidRequest(f"the form is malformed: {exc}") from exc
 
-    async def read(self, chunks: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Raises InvalidRequest for a malformed body, and what `write` raises."""
+    async def read(
+        self, chunks: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]], limit_bytes: int
+    ) -> None:
+        """Raises InvalidRequest for a malformed body, TooLarge, and what `write` raises."""
+        read_bytes = 0
         async for chunk in chunks:
+            read_bytes += len(chunk)
+            if read_bytes > limit_bytes:
+                raise _too_large(limit_bytes)
             try:
                 self._parser.write(chunk)
-            except MultipartParseError as exc:
+            except FormParserError as exc:
                 raise errors.InvalidRequest(f"the form is malformed: {exc}") from exc
             pieces, self._pieces = self._pieces, []
             for piece in pieces:
@@ -154,6 +164,8 @@ class Form:
             self.filename = options[b"filename"].decode(errors="replace")
         elif self._name in self.fields:
             raise errors.InvalidRequest(f"{self._name}: sent twice", param=self._name)
+        elif len(self.fields) == MAX_FIELDS:
+            raise errors.InvalidRequest(f"{self._name}: the form has more than {MAX_FIELDS} fields", param=self._name)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._in_file:

@@ -93,6 +93,15 @@ async def test_a_long_prompt_and_a_long_answer_arrive_byte_for_byte(relay: Relay
     assert response.content == body == gpu.prompts[0]
 
 
+async def test_headers_longer_than_a_frames_head_do_no_harm(relay: Relay, gpu: DiallingGpu) -> None:
+    for name in ("accept", "content-type"):
+        headers = {name: "application/json;q=" + "1" * 9_000}
+        response = await relay.http.post(
+            "/v1/chat/completions", content=json.dumps({"model": BASE, "messages": []}), headers=headers
+        )
+        assert response.status_code == 200, name
+
+
 async def test_without_its_socket_it_gets_nothing(relay: Relay) -> None:
     gpu = DiallingGpu(relay.url, ENROL_TOKEN, relay.clock, [BASE])
     assert (await gpu.enrol()).status_code == 200
@@ -297,6 +306,8 @@ async def refusal(relay: Relay, headers: dict[str, str]) -> str:
 async def test_only_a_fresh_signature_of_this_epoch_may_dial(relay: Relay, enrolled: DiallingGpu, clock: Clock) -> None:
     assert await refusal(relay, {}) == "bad_signature"
     assert await refusal(relay, enrolled.sign("GET", "/gpu/heartbeat")) == "bad_signature"
+    endless = enrolled.sign("GET", "/gpu/dial") | {wire.HEADER_EPOCH: "9" * 20}
+    assert await refusal(relay, endless) == "bad_signature"
     good = enrolled.sign("GET", "/gpu/dial")
     async with connect(ws_url(relay), additional_headers=good, proxy=None):
         assert await refusal(relay, good) == "bad_signature"  # used before

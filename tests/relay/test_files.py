@@ -98,6 +98,31 @@ async def test_a_form_that_lacks_something_is_refused_by_name(relay: Relay, part
     assert relay.stored() == []
 
 
+async def test_more_fields_than_any_form_has_are_refused(relay: Relay) -> None:
+    many = [(f"field-{n}", (None, "x")) for n in range(9)]
+    response = await relay.http.post("/v1/files", files=many)
+    assert response.status_code == 400
+    assert "more than 8 fields" in response.json()["error"]["message"]
+
+
+async def test_a_form_that_is_large_beside_its_file_is_413(relay: Relay) -> None:
+    async def chunks() -> Any:
+        for _ in range(40):
+            yield b"\r\n" * 5_000  # before the first boundary: of no field and no file
+
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    response = await relay.http.post("/v1/files", content=chunks(), headers=headers)
+    assert response.status_code == 413
+    assert relay.stored() == []
+
+
+async def test_a_boundary_longer_than_allowed_is_refused(relay: Relay) -> None:
+    headers = {"content-type": f"multipart/form-data; boundary={'x' * 300}"}
+    response = await relay.http.post("/v1/files", content=b"hello", headers=headers)
+    assert response.status_code == 400
+    assert "malformed" in response.json()["error"]["message"]
+
+
 async def test_what_is_no_form_is_refused(relay: Relay) -> None:
     for headers in ({}, {"content-type": "application/json"}, {"content-type": "multipart/form-data; boundary=x"}):
         response = await relay.http.post("/v1/files", content=b"hello", headers=headers)
