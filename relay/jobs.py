@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import wire
 from relay import errors
 from relay.store import Clock, Store
-from relay.tables import OPEN, job_events, jobs
+from relay.tables import OPEN, files, job_events, jobs
 
 JobRow = Row[Any]
 EventRow = Row[Any]
@@ -40,8 +40,13 @@ class Jobs:
         self._clock = clock
 
     async def create(self, owner: str, new: NewJob) -> JobRow:
+        """Raises NotFound if a file was deleted since the caller looked it up; its blob may be gone with it."""
         job_id = f"ftjob-{secrets.token_hex(12)}"
         async with self._store.write() as db:
+            for param, file_id in (("training_file", new.training_file), ("validation_file", new.validation_file)):
+                here = select(files.c.id).where(files.c.id == file_id, files.c.owner == owner).with_for_update()
+                if file_id is not None and (await db.execute(here)).first() is None:
+                    raise errors.NotFound(f"no file '{file_id}'", param=param)
             await db.execute(
                 insert(jobs).values(
                     id=job_id,

@@ -22,6 +22,7 @@ from relay.tables import LEASED, gpus, job_events, jobs, models, offers
 MAX_ATTEMPTS = 3  # leases that may end without a result before the job is given up
 MATCHES_SHOWN = 200  # pairs of job and gpu that one round of dispatching looks at
 MAX_ETA_S = 365 * 86400
+MODEL_ID_HEX = 12  # of the job's id, in the id of its model
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ class Leases:
             return [Match(r.id, r.gpu_id, r.epoch) for r in await db.execute(query)]
 
     async def claim(self, match: Match) -> int | None:
-        """queued -> leased, raising the fence, which it returns. None if somebody was first."""
+        """queued -> leased, raising the fence, which it returns. None if somebody was first, or the gpu left."""
         other = jobs.alias("other")
         free = ~exists().where(other.c.gpu_id == match.gpu_id)
-        same = exists().where(gpus.c.id == match.gpu_id, gpus.c.epoch == match.gpu_epoch)
+        since = self._clock() - self._settings.alive_s  # a goodbye may have come since the match was seen
+        same = exists().where(gpus.c.id == match.gpu_id, gpus.c.epoch == match.gpu_epoch, gpus.c.last_seen_at >= since)
         values = {
             "status": "leased",
             "fence": jobs.c.fence + 1,
@@ -221,7 +223,7 @@ class Leases:
                 message = f"adapter.files: blob {file.sha256} ({file.name}) is not stored here: upload it, then finish"
                 raise errors.InvalidRequest(message, param="adapter", code="blob_missing")
         now = self._clock()
-        model_id = f"ft:{job.base_model}:{job.suffix or 'tuned'}:{job.id.removeprefix('ftjob-')[:8]}"
+        model_id = f"ft:{job.base_model}:{job.suffix or 'tuned'}:{job.id.removeprefix('ftjob-')[:MODEL_ID_HEX]}"
         resolved = result.hyperparameters.model_dump() if result.hyperparameters else job.hyperparameters
         values = {
             "status": "succeeded",

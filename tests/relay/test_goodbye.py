@@ -1,6 +1,9 @@
 """A gpu that stops says so: its jobs wait again at once, and nothing is sent to it any more."""
 
 import wire
+from relay.blobs import Blobs
+from relay.leases import Leases, Match
+from relay.store import Store
 from tests.relay.conftest import Relay
 from tests.relay.double_gpu import BASE, DoubleGpu, held
 
@@ -30,6 +33,16 @@ async def test_its_leases_go_back_at_once_and_cost_no_attempt(relay: Relay, gpu:
     assert "The gpu handed the job back: stopped by its owner. The job waits for a gpu again." in [
         event.message for event in events.data
     ]
+
+
+async def test_a_match_seen_before_the_goodbye_is_not_claimed_after_it(relay: Relay, gpu: DoubleGpu) -> None:
+    await gpu.call("POST", "/gpu/goodbye", wire.Goodbye(reason="stopped by its owner"))
+    job = await relay.openai.fine_tuning.jobs.create(model=BASE, training_file=await relay.upload())
+    store = Store(relay.settings.database)  # as another process of the relay would
+    leases = Leases(store, Blobs(relay.settings.data_dir / "blobs"), relay.settings, relay.clock)
+    assert await leases.claim(Match(job.id, gpu.by.gpu_id, gpu.by.epoch)) is None
+    await store.close()
+    assert (await relay.openai.fine_tuning.jobs.retrieve(job.id)).status == "queued"
 
 
 async def test_nothing_is_sent_to_it_any_more_until_it_is_back(relay: Relay, gpu: DoubleGpu) -> None:

@@ -10,7 +10,7 @@ from aiohttp import web
 from openai.types.fine_tuning import FineTuningJob
 
 import wire
-from tests.relay.conftest import Clock, Relay, running_relay, until
+from tests.relay.conftest import CHAT_ROW, Clock, Relay, running_relay, until
 from tests.relay.double_gpu import BASE, DoubleGpu, failed, held, result_of
 
 
@@ -58,7 +58,7 @@ async def test_a_job_goes_from_a_file_to_a_model_that_answers(relay: Relay, gpu:
     assert done.hyperparameters.batch_size == 4
     assert done.error is None
     assert done.fine_tuned_model
-    assert done.fine_tuned_model.startswith(f"ft:{BASE}:mine:")
+    assert done.fine_tuned_model == f"ft:{BASE}:mine:{job.id.removeprefix('ftjob-')[:12]}"
 
     model = await relay.openai.models.retrieve(done.fine_tuned_model)
     assert (model.owned_by, model.model_dump()["parent"]) == ("admin", BASE)
@@ -154,6 +154,21 @@ async def test_what_a_gpu_says_about_the_layers_is_said_at_creation(relay: Relay
     gpu.layers = refuse
     with pytest.raises(openai.BadRequestError, match="layers 0-3 exist"):
         await create(relay)
+    assert (await relay.openai.fine_tuning.jobs.list()).data == []
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+async def test_a_file_deleted_while_the_layers_are_judged_is_unknown(relay: Relay, gpu: DoubleGpu, param: str) -> None:
+    asked = {"training_file": await relay.upload(), "validation_file": await relay.upload(CHAT_ROW * 4)}
+
+    async def delete_meanwhile(request: web.Request, _: bytes) -> web.StreamResponse:
+        await relay.openai.files.delete(asked[param])
+        return web.json_response({})
+
+    gpu.layers = delete_meanwhile
+    response = await relay.http.post("/v1/fine_tuning/jobs", json={"model": BASE, **asked})
+    assert response.status_code == 404
+    assert response.json()["error"]["param"] == param
     assert (await relay.openai.fine_tuning.jobs.list()).data == []
 
 
