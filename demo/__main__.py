@@ -111,7 +111,7 @@ def _serve(settings: Settings, out: Screen, running: list[Service]) -> NoReturn:
         settings.data_dir / "relay.log",
     )
     running.append(relay)
-    with httpx2.Client(base_url=settings.relay_url, timeout=httpx2.Timeout(120)) as client:
+    with httpx2.Client(base_url=settings.relay_url, timeout=httpx2.Timeout(120), trust_env=False) as client:
         _wait_for_health(client, relay, out)
         token = (settings.data_dir / "relay" / "enrol.token").read_text().strip()
         gpu = Service(
@@ -125,6 +125,7 @@ def _serve(settings: Settings, out: Screen, running: list[Service]) -> NoReturn:
                 "GPU_DATA_DIR": str(settings.data_dir / "gpu"),
                 "GPU_RELAY_URL": settings.relay_url,
                 "GPU_ENROL_TOKEN": token,
+                "GPU_DEVICE": os.environ.get("GPU_DEVICE") or "cpu",
                 "GPU_TUNNEL": "none",
                 "GPU_PUBLIC_URL": settings.gpu_url,
                 "GPU_MODELS": f"{model.NAME}={folder},{gpt2.NAME}={gpt2.FOLDER}",
@@ -169,12 +170,13 @@ def _check_ports(settings: Settings) -> None:
 def _model(settings: Settings, out: Screen) -> Path:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(settings.data_dir).free
-    if free < settings.need_bytes:
+    is_there = (settings.data_dir / "models" / model.NAME).is_dir()
+    if free < settings.need_bytes and not is_there:
         raise CannotStart(
             f"too little disk: {settings.need_bytes / 1e6:,.0f} MB are needed in {settings.data_dir.absolute()}, "
             f"{free / 1e6:,.0f} MB are free. Make room, or name another folder: make demo DATA=/path"
         )
-    if not (settings.data_dir / "models" / model.NAME).is_dir():
+    if not is_there:
         out.say(
             f"Converting {model.NAME} to safetensors, once; about 20 s ...",
             f"{model.NAME} 을(를) safetensors로 변환합니다. 처음 한 번만, 약 20초 ...",

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 
@@ -20,7 +21,7 @@ def main() -> int:
         settings = from_env()
         listener = listen(settings)
         with contextlib.closing(listener):
-            asyncio.run(until_stopped(Service(settings, listener)))
+            asyncio.new_event_loop().run_until_complete(until_stopped(Service(settings, listener)))
     except (BadSetting, TunnelFailed) as exc:
         print(f"gpu_service: {exc}", file=sys.stderr)
         return 2
@@ -43,4 +44,8 @@ async def until_stopped(service: Service) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    sys.stdout.flush()
+    # Everything is closed. A thread that still downloads or tokenises must not hold the process for minutes.
+    os._exit(status)

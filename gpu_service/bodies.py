@@ -105,7 +105,7 @@ class GenerationBody(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=300)
@@ -146,12 +146,12 @@ class GenerationBody(Body):
         """Raises BadRequest for a token that the model lacks."""
         vocab, bias = source.config.vocab_size, {}
         for token, value in (self.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= vocab:
+            if not token.isdecimal() or len(token) > 9 or int(token) >= vocab:
                 raise BadRequest(f"'{token[:50]}' is no token: they are 0 to {vocab - 1}.", param="logit_bias")
             bias[int(token)] = value
         return Sampling(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
+            temperature=1.0 if self.temperature is None else self.temperature if self.temperature > 1e-4 else 0.0,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
             min_p=self.min_p or 0.0,
@@ -283,6 +283,11 @@ def parse(kind: type[AnyModel], raw: bytes) -> AnyModel:
         raise BadRequest(f"The body is not JSON: {exc}", code="not_json") from exc
     if not isinstance(value, dict):
         raise BadRequest(f"The body is a JSON {type(value).__name__}; it must be an object.", code="not_json")
+    if b"\\u" in raw:  # JSON can carry half of a character, "\ud83d"; no text can
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as exc:
+            raise BadRequest("The body has half of a surrogate pair: send valid Unicode.", code="not_json") from exc
     kept = {}
     for name, item in value.items():
         if name in kind.model_fields:

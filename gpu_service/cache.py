@@ -9,6 +9,7 @@ A decoder asks an attention for `positions` and calls its `attend` in every laye
 forward pass without a cache, `Reading` for a prompt, `Decoding` for one token of many rows.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -139,22 +140,22 @@ class _Class:
     def resize(self, slots: int) -> None:
         g, n = self._geometry, len(self.members)
         size = (slots, g.kv_heads, self.capacity, g.head_dim)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = [torch.zeros(size, dtype=g.dtype, device=g.device) for _ in range(g.n_layers if slots else 0)]
-            for mine, its in zip(old, new, strict=False):
-                its[:n] = mine[:n]
-            setattr(self, name, new)
+        # Both before either is taken: there may be memory for one of them only.
+        new = [torch.zeros(size, dtype=g.dtype, device=g.device) for _ in range(2 * g.n_layers if slots else 0)]
+        for mine, its in zip((*self.keys, *self.values), new, strict=False):
+            its[:n] = mine[:n]
+        self.keys, self.values = new[: len(new) // 2], new[len(new) // 2 :]
 
     def remove(self, slot: "Slot") -> None:
         last = self.members.pop()
         if last is not slot:
             for block in (*self.keys, *self.values):
-                block[slot.index, :, : last.length] = block[last.index, :, : last.length]
+                block[slot.index] = block[last.index]  # what lies behind its length too, which is zeros
             last.index = slot.index
             self.members[slot.index] = last
         if 4 * len(self.members) <= self.slots:
-            self.resize(grown(len(self.members)) if self.members else 0)
+            with contextlib.suppress(torch.OutOfMemoryError, MemoryError):  # to shrink takes memory first
+                self.resize(grown(len(self.members)) if self.members else 0)
 
 
 @dataclass(eq=False)
@@ -187,11 +188,12 @@ class Pool:
     def leave(self, slot: Slot, *, keep: bool) -> RowCache | None:
         """Give the place up; `keep` takes the row's keys and values along."""
         kept = None
-        if keep:
-            kept = RowCache(self._geometry, slot.length)
-            for own, block in zip((*kept.keys, *kept.values), (*slot.size.keys, *slot.size.values), strict=True):
-                own[0] = block[slot.index, :, : slot.length]
-            kept.length = slot.length
+        with contextlib.suppress(torch.OutOfMemoryError, MemoryError):  # then there is nothing to take along
+            if keep:
+                kept = RowCache(self._geometry, slot.length)
+                for own, block in zip((*kept.keys, *kept.values), (*slot.size.keys, *slot.size.values), strict=True):
+                    own[0] = block[slot.index, :, : slot.length]
+                kept.length = slot.length
         slot.size.remove(slot)
         return kept
 
@@ -213,6 +215,8 @@ class Pool:
         if len(size.members) == size.slots:
             size.resize(grown(size.slots))
         slot = Slot(size, len(size.members), length)
+        for block in (*size.keys, *size.values):
+            block[slot.index] = 0  # who was here before may have left a NaN, which a weight of 0 does not silence
         size.members.append(slot)
         return slot
 

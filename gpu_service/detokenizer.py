@@ -34,10 +34,10 @@ class Detokenizer:
 
     def _release(self, new: str) -> tuple[str, bool]:
         text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True  # the one that was complete first, however the text came in pieces
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

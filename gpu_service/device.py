@@ -35,7 +35,8 @@ class Device:
 
     def free_bytes(self) -> int:
         if self.torch.type == "cuda":
-            return int(torch.cuda.mem_get_info(self.torch)[0])
+            held = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
+            return int(torch.cuda.mem_get_info(self.torch)[0] + held)  # what torch keeps for itself is free for us
         return int(psutil.virtual_memory().available)
 
     def wire(self) -> wire.Device:

@@ -4,6 +4,7 @@
     ├── BadRequest            400   the caller's input; `param` names the field
     │   ├── PromptTooLong
     │   ├── NoSuchLayer
+    │   ├── NotFinite             dials turned so far that nothing can be computed
     │   ├── NotYet            400   a part of the language that this version does not carry out
     │   ├── UnsupportedModel
     │   └── BadDataset
@@ -63,6 +64,15 @@ class PromptTooLong(BadRequest):
 
 class NoSuchLayer(BadRequest):
     code = "no_such_layer"
+
+
+class NotFinite(BadRequest):
+    code = "not_finite"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model's numbers overflowed, so there is no next token: turn the dials back towards 1.", param="dials"
+        )
 
 
 class NotYet(BadRequest):

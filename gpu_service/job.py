@@ -19,7 +19,7 @@ from gpu_service.artifacts import Adapter, AdapterMeta, BlobCache, LoraMeta
 from gpu_service.data import TokenStore
 from gpu_service.device import Device
 from gpu_service.errors import GpuError, RelayUnavailable
-from gpu_service.link import LeaseLost, Link, NotEnrolled, Pauses
+from gpu_service.link import LeaseLost, Link, NotEnrolled, Pauses, Refused
 from gpu_service.models import Models
 from gpu_service.worker import Worker
 
@@ -87,7 +87,8 @@ class Jobs:
                     for ref in refs.files:
                         path = folder / "adapter" / ref.name
                         await self._persist(lambda: self._link.upload(spec.job_id, grant.fence, ref, path))  # noqa: B023
-                        await asyncio.to_thread(self._cache.add, path)  # it is served from here without a fetch
+                        with suppress(OSError):  # a convenience: it is then served from here without a fetch
+                            await asyncio.to_thread(self._cache.add, path)
                 except GpuError as exc:
                     log.warning("job %s failed: %s", spec.job_id, exc.message)
                     result = wire.JobResult(fence=grant.fence, error=exc.for_job())
@@ -95,13 +96,21 @@ class Jobs:
                     log.exception("job %s failed", spec.job_id)
                     result = wire.JobResult(fence=grant.fence, error=UNEXPECTED)
                 await reporter.flush()
-            await self._persist(lambda: self._link.finish(spec.job_id, result))
+            await self._finish(spec.job_id, result)
             log.info("job %s ended", spec.job_id)
         except LeaseLost:
             log.info("job %s is not ours any more", spec.job_id)
         finally:
             self._reporters.pop(spec.job_id, None)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def _finish(self, job_id: str, result: wire.JobResult) -> None:
+        try:
+            await self._persist(lambda: self._link.finish(job_id, result))
+        except Refused as exc:  # silence would have the relay give the same lease again, and so on without an end
+            log.warning("job %s: %s", job_id, exc.message)
+            error = wire.JobError(message=exc.message[:4000], code=exc.code, retry=True)
+            await self._persist(lambda: self._link.finish(job_id, wire.JobResult(fence=result.fence, error=error)))
 
     async def _train(self, spec: wire.JobSpec, folder: Path, reporter: "Reporter") -> Adapter:
         source = self._models.source(spec.base_model)
@@ -258,6 +267,8 @@ class Reporter:
                 await self._link.report(self._job_id, wire.JobEvents(fence=self._fence, events=some))
             except (RelayUnavailable, NotEnrolled):
                 return
+            except Refused as exc:  # these events can't be told; the job itself is sound
+                log.warning("job %s: %s", self._job_id, exc.message)
             del self._waiting[: len(some)]
 
     async def _loop(self, owner: asyncio.Task[Any]) -> None:

@@ -78,7 +78,11 @@ class Link:
         self._active_requests = active_requests
         self._process = secrets.token_hex(8)
         self._http = httpx2.AsyncClient(
-            base_url=settings.relay_url, timeout=REQUEST_TIMEOUT_S, follow_redirects=False, trust_env=True
+            base_url=settings.relay_url,
+            timeout=REQUEST_TIMEOUT_S,
+            follow_redirects=False,
+            # A proxy of the environment leads to the world outside, and not back to a relay on this machine.
+            trust_env=urlsplit(settings.relay_url).hostname not in ("127.0.0.1", "localhost", "::1"),
         )
         self._prefix = urlsplit(settings.relay_url).path  # of a relay behind a path: part of what is signed
         self._enrolment: Enrolment | None = None
@@ -161,10 +165,18 @@ class Link:
             log.info("could not say goodbye to the relay: it will miss this gpu after a while")
 
     async def _enrol(self, jobs: Jobs) -> None:
+        self._moved.clear()  # before the URL is read: a move from here on is told by another enrolment
+        try:
+            await self._enrol_once(jobs)
+        except BaseException:
+            self._moved.set()  # the relay has not heard of the URL yet
+            raise
+
+    async def _enrol_once(self, jobs: Jobs) -> None:
         request = wire.EnrolRequest(
             instance=self._instance,
             process=self._process,
-            name=self._settings.name or self._device.name or "gpu",
+            name=(self._settings.name or self._device.name or "gpu")[:100],
             url=self._url,
             tunnel=self._settings.tunnel,
             device=self._device.wire(),
@@ -175,7 +187,6 @@ class Link:
         )
         bearer = {"authorization": f"Bearer {self._settings.enrol_token}", "content-type": "application/json"}
         asked = time.monotonic()
-        self._moved.clear()
         self._is_enrolling = True
         try:
             response = await self._exchange("POST", "/gpu/enrol", bearer, request.model_dump_json().encode())
@@ -234,7 +245,7 @@ class Link:
         _checked(await self._signed("PUT", target, (path, ref.sha256)))
 
     async def fetch(self, ref: wire.FileRef, cache: BlobCache) -> Path:
-        """A blob by hash, from this disk or from the relay. Raises RelayUnavailable, BadBlob."""
+        """A blob by hash, from this disk or from the relay. Raises RelayUnavailable, NotEnrolled, BadBlob."""
         if here := await asyncio.to_thread(cache.path, ref.sha256):
             return here
         target = f"/gpu/blobs/{ref.sha256}"
@@ -243,9 +254,10 @@ class Link:
             async with self._http.stream("GET", target, headers=headers) as response:
                 if response.status_code != 200:
                     await response.aread()
+                    self._judge(response)
                     _checked(response)
                 return await cache.store(ref.sha256, ref.bytes, response.aiter_bytes(CHUNK_BYTES))
-        except httpx2.TransportError as exc:
+        except httpx2.RequestError as exc:
             raise self._away(exc) from exc
 
     async def tuned(self, model: str) -> wire.TunedModel | None:
@@ -291,11 +303,19 @@ class Link:
     ) -> httpx2.Response:
         try:
             response = await self._http.request(method, target, headers=headers, content=content)
-        except httpx2.TransportError as exc:
+        except httpx2.RequestError as exc:
             raise self._away(exc) from exc
+        if response.status_code != 401:
+            self._judge(response)
+        return response
+
+    @staticmethod
+    def _judge(response: httpx2.Response) -> None:
+        """What passes when the relay is back, or has heard of us again. Raises RelayUnavailable, NotEnrolled."""
+        if response.status_code == 401:
+            raise NotEnrolled
         if response.status_code >= 500 or response.status_code == 429:
             raise RelayUnavailable(f"The relay answers with status {response.status_code}: {_message(response)}.")
-        return response
 
     def _away(self, exc: Exception) -> RelayUnavailable:
         return RelayUnavailable(f"The relay at {self._settings.relay_url} does not answer ({type(exc).__name__}).")

@@ -46,6 +46,7 @@ class LoneRelay:
         self._folder, self._log = folder / "relay", folder / "relay.log"
         folder.mkdir(parents=True, exist_ok=True)
         env = {
+            **dict.fromkeys(("RELAY_ADMIN_KEY", "RELAY_ENROL_TOKEN", "RELAY_DATABASE_URL"), ""),  # of another relay
             "RELAY_HOST": "127.0.0.1",
             "RELAY_PORT": str(PORT) if _is_free(PORT) else "0",
             "RELAY_DATA_DIR": str(self._folder),

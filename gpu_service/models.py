@@ -109,6 +109,10 @@ class Models:
         self._sources = {s.id: s for s in (find(name, hf_token) for name in names)}
         self._loaded: dict[str, Base] = {}
 
+    def n_params(self) -> int:
+        """Of all models together."""
+        return sum(tensor.n_params for source in self._sources.values() for tensor in source.tensors)
+
     def ids(self) -> list[str]:
         return list(self._sources)
 

@@ -22,11 +22,11 @@ class Scheduler:
     def choose(self, *, text: bool, train: bool) -> Kind | None:
         """None when there is nothing to do. Of two equally far behind, text goes first: somebody is waiting."""
         ready: list[Kind] = [*(["text"] if text else []), *(["train"] if train else [])]  # type: ignore[list-item]
+        going = [self._spent[kind] for kind in ready if kind in self._ready]
         for kind in ready:
             if kind not in self._ready:
-                # Who was idle has no claim to the time that passed meanwhile.
-                others = [self._spent[other] for other in self._ready if other in ready]
-                self._spent[kind] = max([self._spent[kind], *others])
+                # Who was idle has neither a claim to the time that passed meanwhile, nor a debt for time before.
+                self._spent[kind] = min(going, default=max(self._spent.values()))
         self._ready = ready
         return min(ready, key=lambda kind: self._spent[kind], default=None)
 

@@ -5,6 +5,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
@@ -25,9 +26,10 @@ from gpu_service.app import Parts, Tuned, create_app
 from gpu_service.artifacts import BlobCache, atomic_file
 from gpu_service.device import Device
 from gpu_service.dialout import DialOut
+from gpu_service.errors import RelayUnavailable
 from gpu_service.gate import Gate
 from gpu_service.job import Jobs, JobView
-from gpu_service.link import Link
+from gpu_service.link import Link, NotEnrolled
 from gpu_service.models import Models
 from gpu_service.settings import BadSetting, Settings, one_tokenizing_thread
 from gpu_service.tunnel import Kept, Tunnel
@@ -119,6 +121,10 @@ class Service:
         disable_progress_bars()  # neither a log nor a notebook's cell is the place
         one_tokenizing_thread()
         settings.data_dir.mkdir(parents=True, exist_ok=True)
+        with locked(settings.data_dir):
+            await self._run(settings)
+
+    async def _run(self, settings: Settings) -> None:
         key = kept_secret(self.key_file, settings.key, "sk-gpu-")
         instance = kept_secret(settings.data_dir / "instance", None, "")
         device = self._device = devices.choose(settings)
@@ -197,13 +203,29 @@ async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Two services in one folder would be one gpu to the relay, and take each other's jobs. Raises BadSetting."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            raise BadSetting(
+                f"another gpu service uses the folder {folder}: stop it, or set GPU_DATA_DIR to another folder"
+            ) from exc
+        yield
+
+
 async def tuned(model: str, link: Link | None, cache: BlobCache) -> Tuned | None:
     """A tuned model by id, its files fetched. Only a relay has any."""
     found = await link.tuned(model) if link else None
     if link is None or found is None:
         return None
     with cache.keep(*(ref.sha256 for ref in found.adapter.files)):
-        files = {ref.name: await link.fetch(ref, cache) for ref in found.adapter.files}
+        try:
+            files = {ref.name: await link.fetch(ref, cache) for ref in found.adapter.files}
+        except NotEnrolled as exc:
+            raise RelayUnavailable("This gpu is enrolling with its relay: try again in a moment.") from exc
     content = "-".join(ref.sha256 for ref in found.adapter.files)
     return Tuned(found.adapter.base_model, AdapterFiles(content, files))
 

@@ -14,7 +14,7 @@ TABLE: dict[str, str] = {
     "GPU_KEY": "Bearer key for direct requests. Made on first start and written to `gpu.key` when not set.",
     "GPU_RELAY_URL": "The relay to enrol with. Without it the service stands alone.",
     "GPU_ENROL_TOKEN": "The relay's enrol token.",
-    "GPU_NAME": "How the relay calls this gpu in lists; the host name by default.",
+    "GPU_NAME": "How the relay calls this gpu in lists; the device's name by default.",
     "GPU_TUNNEL": "How others reach this gpu: `ngrok`, `cloudflared`, `relay` or `none`; see docs/tunnels.md.",
     "GPU_PUBLIC_URL": "With the tunnel `none`: the URL at which the relay reaches this service.",
     "NGROK_AUTHTOKEN": "Token of an ngrok account, for the tunnel `ngrok`.",

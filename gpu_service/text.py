@@ -20,6 +20,7 @@ from gpu_service.cache import Pool, RowCache, Slot, class_tokens
 from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import translate
+from gpu_service.errors import GpuError, NotFinite
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
 from gpu_service.sampling import Drawn, Sampler, Sampling
@@ -86,8 +87,11 @@ class Request:
 
     @property
     def computes(self) -> Hashable:
-        """Equal for two requests whose keys and values for the same tokens are the same."""
-        return self.served.model, self.adapter_id, self.dials
+        """Equal for two requests of which one may read what the other left: the same numbers, the same caller.
+
+        The caller belongs to it, for the count of known tokens would tell one user what another has written.
+        """
+        return self.served.model, self.adapter_id, self.dials, self.caller
 
 
 class _Row:
@@ -154,8 +158,8 @@ class _Group:
         self.rows: dict[Slot, _Row] = {}
         self._rows_of: tuple[list[Slot], Rows] | None = None  # the batch for which `Rows` was made
 
-    def step(self) -> list[Slot]:
-        """One token for every row. Those that have ended."""
+    def step(self) -> tuple[list[Slot], list[tuple[Slot, Exception]]]:
+        """One token for every row. Those that have ended, and those that failed: no other row suffers for them."""
         attention = self.pool.decoding()
         slots = self.pool.order()
         if self._rows_of is None or self._rows_of[0] != slots:
@@ -164,14 +168,21 @@ class _Group:
         ids = torch.tensor([[self.rows[slot].tokens[-1]] for slot in slots], device=attention.positions.device)
         h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
         logits = decoder.unembed(decoder.final_norm(h, rows), rows)[:, 0]  # (B, V)
-        likeliest = logits.argmax(-1).tolist()
-        ended = []
+        best = logits.max(-1)  # a NaN or an infinity anywhere in a row shows in its maximum
+        likeliest, finite = best.indices.tolist(), best.values.isfinite().tolist()
+        ended: list[Slot] = []
+        failed: list[tuple[Slot, Exception]] = []
         for i, slot in enumerate(slots):
             row = self.rows[slot]
             plain = row.sampler.sampling.plain_greedy
-            if row.write(row.sampler.took(likeliest[i]) if plain else row.sampler.draw(logits[i])):
-                ended.append(slot)
-        return ended
+            try:
+                if not finite[i]:
+                    raise NotFinite
+                if row.write(row.sampler.took(likeliest[i]) if plain else row.sampler.draw(logits[i])):
+                    ended.append(slot)
+            except Exception as exc:  # this row ends here, whatever it was
+                failed.append((slot, exc))
+        return ended, failed
 
 
 class Engine:
@@ -254,36 +265,49 @@ class Engine:
                 geometry = request.served.decoder.geometry(self._dtype, self._device)
                 self._groups[request.group] = _Group(request.served, Pool(geometry))
             group = self._groups[request.group]
-            joined = [group.pool.join(reader.cache) for _ in range(request.n)]
-            group.rows |= {slot: _Row(request, i, reader.cached_tokens) for i, slot in enumerate(joined)}
+            if not bool(logits.max().isfinite()):
+                raise NotFinite
+            for index in range(request.n):
+                group.rows[group.pool.join(reader.cache)] = _Row(request, index, reader.cached_tokens)
+            joined = [slot for slot, row in group.rows.items() if row.request is request]
             ended = [slot for slot in joined if group.rows[slot].write(group.rows[slot].sampler.draw(logits))]
             for slot in ended:
                 self._leave(request.group, group, slot, keep=True)
         except Exception as exc:  # one request ends here, whatever it was
-            self._drop(lambda other: other is request)
-            self._fail([request], exc)
+            self._end(request, exc)
 
     def _decode(self, key: Hashable, group: _Group) -> None:
         try:
-            for slot in group.step():
+            ended, failed = group.step()
+            for slot in ended:
                 self._leave(key, group, slot, keep=True)
+            for slot, why in failed:
+                if slot in group.rows:  # not gone already with another answer to its prompt
+                    self._end(group.rows[slot].request, why)
         except Exception as exc:  # the rows of this step end here, whatever it was; their memory goes with the group
             self._groups.pop(key, None)
             self._fail(list({id(row.request): row.request for row in group.rows.values()}.values()), exc)
 
     def _leave(self, key: Hashable, group: _Group, slot: Slot, *, keep: bool) -> None:
         row = group.rows.pop(slot)
-        kept = group.pool.leave(slot, keep=keep and not row.request.alone)
-        if kept:
-            self._reuse.keep(row.request.computes, tuple(row.tokens[: kept.length]), kept)
-        if not any(other.request is row.request for other in group.rows.values()):
-            self._admission.done(row.request)
-        self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
-        if not group.rows:
-            self._groups.pop(key, None)
+        try:
+            kept = group.pool.leave(slot, keep=keep and not row.request.alone)
+            if kept:
+                self._reuse.keep(row.request.computes, tuple(row.tokens[: kept.length]), kept)
+        finally:
+            if not any(other.request is row.request for other in group.rows.values()):
+                self._admission.done(row.request)
+            self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
+            if not group.rows:
+                self._groups.pop(key, None)
+
+    def _end(self, request: Request, exc: BaseException) -> None:
+        self._drop(lambda other: other is request)
+        self._fail([request], exc)
 
     def _fail(self, requests: list[Request], exc: BaseException) -> None:
-        log.error("text rows failed", exc_info=exc)
+        if not isinstance(exc, GpuError):
+            log.error("text rows failed", exc_info=exc)
         for request in requests:
             request.send(translate(exc))
             self._admission.done(request)

@@ -193,11 +193,7 @@ def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Prog
                 if index + 1 < len(batches):
                     yield Progress(step, tokens)
             if not math.isfinite(total_loss):
-                raise Diverged(
-                    f"The loss is {total_loss} at step {step + 1}: lower the learning rate "
-                    f"(it is {plan.learning_rate:g}) or check the data.",
-                    param="hyperparameters",
-                )
+                raise _diverged(total_loss, step + 1, plan)
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate(step)
             scaler.unscale_(optimizer)
@@ -214,12 +210,23 @@ def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Prog
                     loss = summed_loss(decoder, rows, job.validation.batch(micro, pad_id=0), lowest, device)
                 valid_loss += loss.item() / job.validation.report.learned_tokens
                 yield Progress(step, tokens)
+            if not math.isfinite(valid_loss):
+                raise _diverged(valid_loss, step, plan)
             yield Progress(step, tokens, valid_loss=valid_loss)
 
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        raise _diverged(float("nan"), step, plan)
     yield Trained(
         {name: tensor.detach().cpu() for name, tensor in full.items()},
         {name: Lora(pair.a.detach().cpu(), pair.b.detach().cpu(), pair.scale) for name, pair in lora.items()},
         tokens,
+    )
+
+
+def _diverged(loss: float, step: int, plan: Plan) -> Diverged:
+    return Diverged(
+        f"The loss is {loss} at step {step}: lower the learning rate (it is {plan.learning_rate:g}) or check the data.",
+        param="hyperparameters",
     )
 
 

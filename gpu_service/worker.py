@@ -129,7 +129,8 @@ class Worker:
         self._max_waiting = settings.max_waiting
         self._adapter_budget_bytes = settings.adapter_cache_bytes
         self._scheduler = Scheduler(settings.train_share)
-        budget_bytes = int(settings.kv_share * device.free_bytes())
+        weights_bytes = models.n_params() * device.precision.dtype.itemsize  # they are loaded after this
+        budget_bytes = int(settings.kv_share * max(device.free_bytes() - weights_bytes, 0))
         chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self._trainings: list[Training] = []
@@ -201,6 +202,8 @@ class Worker:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits any more
             try:
                 future.set_result(work())
             except Exception as exc:  # handed to whoever asked
@@ -222,7 +225,7 @@ class Worker:
                 continue
             start = time.perf_counter()
             if kind == "text":
-                self._text.step()
+                self._text_step()
             else:
                 self._slice(self._trainings[0])
             self._scheduler.ran(kind, time.perf_counter() - start)
@@ -230,6 +233,13 @@ class Worker:
         self._text.fail_all(stopping)
         for training in self._trainings:
             training.stream.send(stopping)
+
+    def _text_step(self) -> None:
+        try:
+            self._text.step()
+        except Exception as exc:  # the thread serves everybody: it must outlive what went wrong between the rows
+            log.exception("a step failed")
+            self._text.fail_all(translate(exc))
 
     def _read_inbox(self, *, wait: bool) -> None:
         try:

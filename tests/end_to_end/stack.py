@@ -176,7 +176,7 @@ def running(*services: Service) -> Iterator[None]:
         yield
 
 
-def follow(relay: Relay, job_id: str, until: Callable[[Any], bool], within_s: float = 180) -> Any:
+def follow(relay: Relay, job_id: str, until: Callable[[Any], bool], within_s: float = 600) -> Any:
     """The job, once `until` holds for it."""
     client = relay.client()
 

@@ -109,7 +109,8 @@ async def test_dials_act_on_one_request_only(gpu: Gpu) -> None:
 
 async def test_a_caller_of_a_stream_who_leaves_stops_the_row_within_a_step(gpu: Gpu) -> None:
     async with gpu.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
-        await anext(response.aiter_bytes())
+        chunks = response.aiter_bytes()  # kept: a generator that nobody holds is closed, and the response with it
+        await anext(chunks)
         assert gpu.worker.active_requests == 1
     await nobody_is_served(gpu)
 
@@ -135,7 +136,8 @@ async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_af
     gpu.worker._max_waiting = 1
     try:
         async with gpu.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
-            await anext(response.aiter_bytes())
+            chunks = response.aiter_bytes()
+            await anext(chunks)
             refused = await gpu.http.post("/v1/completions", json=LONG)
             assert refused.status_code == 429
             assert refused.headers["retry-after"]
@@ -149,7 +151,9 @@ async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_af
     [
         ({**CHAT, "messages": []}, "messages", "at least 1"),
         ({**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
-        ({**CHAT, "messages": [{"role": "user", "content": "\ud83d"}]}, "messages", "surrogate"),
+        ({**CHAT, "messages": [{"role": "user", "content": "\ud83d"}]}, None, "surrogate"),
+        ({**CHAT, "model": "\ud83d"}, None, "surrogate"),
+        ({**CHAT, "logit_bias": {"9" * 5000: 1}}, "logit_bias", "49151"),
         ({**CHAT, "temperature": 3}, "temperature", "2"),
         ({**CHAT, "temperature": "hot"}, "temperature", "number"),
         ({**CHAT, "top_p": 0}, "top_p", "greater"),

@@ -46,6 +46,23 @@ def test_a_long_idle_training_does_not_then_block_chat_to_catch_up() -> None:
     assert not any(a == b == "train" for a, b in pairwise(order))
 
 
+def test_time_that_chat_used_before_a_job_began_is_no_debt_when_both_run() -> None:
+    """Chat for an hour; then, in a moment without chat, a job begins; then somebody chats again."""
+    scheduler = Scheduler(0.5)
+    for _ in range(3600):
+        scheduler.choose(text=True, train=False)
+        scheduler.ran("text", 1.0)
+    scheduler.choose(text=False, train=True)
+    scheduler.ran("train", 1.0)
+    turns = []
+    for _ in range(6):
+        kind = scheduler.choose(text=True, train=True)
+        assert kind
+        turns.append(kind)
+        scheduler.ran(kind, 1.0)
+    assert turns == ["text", "train"] * 3
+
+
 @given(
     share=st.floats(0.1, 0.9),
     slices=st.lists(st.floats(0.01, 2.0), min_size=1, max_size=5),

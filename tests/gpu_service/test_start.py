@@ -16,6 +16,7 @@ import pytest
 from gpu_service import settings
 from gpu_service.device import Device
 from gpu_service.models import Models, find
+from gpu_service.service import locked
 from gpu_service.settings import BadSetting, from_env
 from tests.conftest import ROOT
 
@@ -105,6 +106,13 @@ def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
     assert output.strip().count("\n") == 0
     assert str(port) in output
     assert "GPU_PORT" in output
+
+
+def test_a_second_service_in_the_same_folder_says_so_and_harms_nothing(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(BadSetting, match="GPU_DATA_DIR"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
 
 
 def test_it_starts_alone_keeps_its_key_to_itself_and_stops_quickly_on_sigterm(tiny_dir: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import Device
+from gpu_service.errors import NotFinite
 from gpu_service.llama import Llama
 from gpu_service.models import Base
 from gpu_service.rows import Dials
@@ -58,13 +59,13 @@ def test_the_beginning_of_a_stop_string_that_does_not_come_is_shown_in_the_end(t
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_text_with_any_stop_string_ends_where_the_first_one_begins(tiny: Base, data: st.DataObject) -> None:
+def test_any_text_ends_before_the_stop_string_that_is_complete_first(tiny: Base, data: st.DataObject) -> None:
     text = data.draw(st.text("ab 한🏴", max_size=30))
     stop = data.draw(st.lists(st.text("ab 한🏴", min_size=1, max_size=4), max_size=3).map(tuple))
     ids = tiny.source.tokenizer(text).input_ids
     shown = tiny.source.tokenizer.decode(ids)  # decoding may tidy spaces: what counts is the text as it is shown
-    places = [shown.find(s) for s in stop if s in shown]
-    assert "".join(show(tiny.source.tokenizer, ids, stop)) == (shown[: min(places)] if places else shown)
+    found = [(shown.find(s) + len(s), shown.find(s)) for s in stop if s in shown]
+    assert "".join(show(tiny.source.tokenizer, ids, stop)) == (shown[: min(found)[1]] if found else shown)
 
 
 def served(base: Base, cpu: Device) -> Served:
@@ -284,6 +285,54 @@ def test_past_the_budget_requests_wait_and_all_are_answered(tiny: Base, cpu: Dev
         most = max(most, running._admission.held_bytes)
     assert most == 2 * one_row
     assert [c.finish.completion_tokens for c in callers] == [4] * len(callers)
+
+
+def test_a_row_whose_numbers_overflow_ends_with_a_word_about_dials_and_leaves_nothing_behind(
+    tiny: Base, cpu: Device
+) -> None:
+    """Its keys and values may hold NaN, and a masked NaN would still reach whoever takes its place."""
+    to, running = served(tiny, cpu), engine(cpu)
+    greedy = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
+    alone = Caller(to, "Once", greedy)
+    running.add(alone.request)
+    while len(running):
+        running.step()
+    wild = Dials((1.0,) * 4, (float("inf"),) * 4, (1.0,) * 4, 1.0)
+    beside, mad = Caller(to, "The sea", greedy), Caller(to, "Once", greedy, dials=wild)
+    for caller in (beside, mad):
+        running.add(caller.request)
+    running.step()
+    running.step()
+    later = Caller(to, "Once", greedy, caller="somebody else")
+    running.add(later.request)
+    while len(running):
+        running.step()
+    assert isinstance(mad.heard[-1], NotFinite)
+    assert later.text() == alone.text()
+    assert beside.finish.completion_tokens == 12
+
+
+def test_a_draw_that_fails_ends_that_row_only(tiny: Base, cpu: Device) -> None:
+    to, running = served(tiny, cpu), engine(cpu)
+    good = Caller(to, "Once", Sampling(max_tokens=30, temperature=0, ignore_eos=True))
+    bad = Caller(to, "Once", Sampling(max_tokens=30, temperature=1e-37, frequency_penalty=-2.0, ignore_eos=True))
+    for caller in (good, bad):
+        running.add(caller.request)
+    while len(running):
+        running.step()
+    assert isinstance(bad.heard[-1], RuntimeError)
+    assert good.finish.completion_tokens == 30
+    assert running._admission.held_bytes == 0
+
+
+def test_what_one_caller_wrote_does_not_show_in_anothers_count_of_known_tokens(tiny: Base, cpu: Device) -> None:
+    to, running, prompt = served(tiny, cpu), engine(cpu), list(range(200, 240))
+    for caller, known in (("a", 0), ("b", 0), ("a", 39)):
+        asked = Caller(to, prompt, Sampling(max_tokens=2, temperature=0), caller=caller)
+        running.add(asked.request)
+        while len(running):
+            running.step()
+        assert asked.finish.cached_tokens == known
 
 
 def test_a_row_that_fails_leaves_the_others_alone(tiny: Base, cpu: Device) -> None:
