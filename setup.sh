@@ -97,7 +97,7 @@ explain() {
     has() { say "$failed" | grep -Eqi "$1"; }
     # pip fetches everything before it changes anything: up to there, what stood before still stands.
     has '^Installing collected packages' || rm -f .venv/changing
-    has 'no space left|disk quota' && die "the disk is full: make room, then try again. pip's words: $log"
+    has 'no space left|disk quota' && die "the disk is full: make room, or take the CPU build of torch by TORCH_INDEX=URL (README). pip's words: $log"
     has 'connection ?error|connection (refused|reset|broken)|name resolution|resolve host|timed out|unreachable|proxy' &&
         die "no network: pip could not reach its package index. Connect, then try again. pip's words: $log"
     die "pip failed: $(say "$failed" | grep '^ERROR' | tail -n 1). All of its words: $log"
@@ -132,6 +132,9 @@ if [ ! -e .venv/pyvenv.cfg ]; then
     "$base" -m venv .venv >>"$log" 2>&1 || die "'$base -m venv' failed. Its words: $log"
 fi
 torch=$(grep '^torch==' requirements.txt)
+if [ -z "${TORCH_INDEX:-}" ] && [ "$(uname -sm)" = 'Linux x86_64' ]; then
+    say '  If pip takes the CUDA build of torch, that is gigabytes: Ctrl-C, then TORCH_INDEX=URL for the small one (README).'
+fi
 install "$torch" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
 if [ "$kind" = dev ]; then
     install 'libraries, with those for tests' -r requirements-dev.txt

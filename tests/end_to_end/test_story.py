@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.end_to_end.stack import Gpu, Relay, ended, follow, gather, running
 
+pytestmark = pytest.mark.timeout(900)  # it trains; a busy machine takes its time
+
 QUESTION: Any = [{"role": "user", "content": "What should I wear in the snow?"}]  # not in the data
 SEA = re.compile(r"\b(arr|aye|ahoy|matey|mates?|sail|ship|sea|tide|deck|ye|yer|captain)\b", re.IGNORECASE)
 SPEC = {"method": "lora", "parts": ["attn", "mlp"], "layers": "last:6", "rank": 16}
