@@ -129,6 +129,7 @@ def router(api: GpuApi) -> APIRouter:
         size_bytes = api.blobs.size_bytes(sha256)
         if size_bytes is None:
             return Response(status_code=404)
+        api.blobs.touch(sha256)  # promised: no delete of another model may take it away now
         return Response(headers={"content-length": str(size_bytes)})
 
     @routes.put("/jobs/{job_id}/blobs/{sha256}")

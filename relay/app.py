@@ -36,6 +36,7 @@ from relay.proxy import Proxy
 from relay.sessions import Sessions
 from relay.settings import Settings, secret
 from relay.store import Clock, Store
+from relay.sweep import keep_sweeping
 from relay.transport import ByTunnel, TunnelTransport
 
 log = logging.getLogger("relay.app")
@@ -62,7 +63,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     client = GpuClient(ByTunnel(transport, dialout), clock)
     accounts = Accounts(store, clock)
     gpus = Gpus(store, client, settings, clock)
-    jobs = Jobs(store, clock)
+    jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
     files = Files(store, blobs, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
@@ -87,6 +88,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             closing.push_async_callback(transport.close)
             closing.push_async_callback(gpus.close)
             closing.push_async_callback(generations.close)
+            sweeping = asyncio.create_task(keep_sweeping(store, blobs, clock))
+            closing.push_async_callback(lambda: asyncio.wait({sweeping}))
+            closing.callback(sweeping.cancel)
             loop = asyncio.create_task(dispatcher.run())
             closing.push_async_callback(lambda: loop)
             closing.callback(dispatcher.stop)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -122,8 +123,22 @@ class Blobs:
             finally:
                 os.close(descriptor)
 
-    def remove(self, sha256: str) -> None:
-        self.path(sha256).unlink(missing_ok=True)
+    def touch(self, sha256: str) -> None:
+        """Young again: somebody counts on it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.path(sha256))
+
+    def older_than(self, at: float) -> list[str]:
+        """By when they were stored or touched last, in unix seconds."""
+        return [path.name for path in self._root.glob("??/*") if _mtime(path) < at]
+
+    def remove(self, sha256: str, older_than: float = math.inf) -> bool:
+        """Whether it was there, and older."""
+        path = self.path(sha256)
+        if not _mtime(path) < older_than:
+            return False
+        path.unlink(missing_ok=True)
+        return True
 
     async def chunks(self, sha256: str) -> AsyncIterator[bytes]:
         """Raises NotFound before the first chunk."""
@@ -136,3 +151,11 @@ class Blobs:
                 yield chunk
         finally:
             file.close()
+
+
+def _mtime(path: Path) -> float:
+    """Never, if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf

@@ -17,7 +17,8 @@ import wire
 from relay import errors
 from relay.blobs import Blobs, Incoming
 from relay.store import Clock, Store
-from relay.tables import OPEN, files, jobs
+from relay.sweep import remove_unnamed
+from relay.tables import files
 
 FileRow = Row[Any]
 PURPOSE = "fine-tune"
@@ -80,17 +81,7 @@ class Files:
         async with self._store.write() as db:
             row = await self._of(db, owner, file_id, "file_id")
             await db.execute(delete(files).where(files.c.id == file_id))
-            if not await self._in_use(db, row.sha256):
-                await asyncio.to_thread(self._blobs.remove, row.sha256)
-
-    async def _in_use(self, db: AsyncConnection, sha256: str) -> bool:
-        if (await db.execute(select(files.c.id).where(files.c.sha256 == sha256).limit(1))).first():
-            return True
-        waiting = select(jobs.c.training_blob, jobs.c.validation_blob).where(jobs.c.status.in_(OPEN))
-        for job in await db.execute(waiting):
-            if sha256 in (job.training_blob["sha256"], (job.validation_blob or {}).get("sha256")):
-                return True
-        return False
+            await remove_unnamed(db, self._blobs, [row.sha256])
 
     async def _of(self, db: AsyncConnection, owner: str, file_id: str, param: str) -> FileRow:
         row = (await db.execute(select(files).where(files.c.id == file_id, files.c.owner == owner))).one_or_none()

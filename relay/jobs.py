@@ -13,7 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
 from relay import errors
+from relay.blobs import Blobs
 from relay.store import Clock, Store
+from relay.sweep import remove_unnamed
 from relay.tables import OPEN, files, job_events, jobs
 
 JobRow = Row[Any]
@@ -35,8 +37,9 @@ class NewJob:
 
 
 class Jobs:
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
         self._store = store
+        self._blobs = blobs
         self._clock = clock
 
     async def create(self, owner: str, new: NewJob) -> JobRow:
@@ -115,6 +118,7 @@ class Jobs:
             values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **NO_LEASE}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
             await say(db, now, job_id, job.fence + 1, "Job cancelled.")
+            await remove_unnamed(db, self._blobs, data_blobs(job))
             return await self._of(db, owner, job_id), job.gpu_id
 
     async def _of(self, db: AsyncConnection, owner: str, job_id: str) -> JobRow:
@@ -122,6 +126,11 @@ class Jobs:
         if row is None:
             raise errors.NotFound(f"no fine-tuning job '{job_id}'", param="fine_tuning_job_id")
         return row
+
+
+def data_blobs(job: JobRow) -> list[str]:
+    """What a job that is not over keeps, even when its files are deleted."""
+    return [blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob]
 
 
 async def say(db: AsyncConnection, at: float, job_id: str, fence: int, message: str, level: str = "info") -> None:

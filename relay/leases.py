@@ -14,9 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import wire
 from relay import errors
 from relay.blobs import Blobs
-from relay.jobs import NO_LEASE, JobRow, say
+from relay.jobs import NO_LEASE, JobRow, data_blobs, say
 from relay.settings import Settings
 from relay.store import Clock, Store
+from relay.sweep import remove_unnamed
 from relay.tables import LEASED, gpus, job_events, jobs, models, offers
 
 MAX_ATTEMPTS = 3  # leases that may end without a result before the job is given up
@@ -239,6 +240,7 @@ class Leases:
         row = {"id": model_id, "owner": job.owner, "base_model": job.base_model, "job_id": job.id, "created_at": now}
         await db.execute(insert(models).values(**row, adapter=adapter.model_dump()))
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
+        await remove_unnamed(db, self._blobs, data_blobs(job))
 
     async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> None:
         values = {
@@ -250,6 +252,7 @@ class Leases:
         }
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
+        await remove_unnamed(db, self._blobs, data_blobs(job))
 
     async def _requeue(self, db: AsyncConnection, job: JobRow, why: str, code: str, *, counts: bool) -> None:
         attempts = job.attempts + counts

@@ -1,6 +1,5 @@
 """Which models a user may name: every base model that was ever offered, and their own tuned ones."""
 
-import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +12,11 @@ from relay import errors
 from relay.blobs import Blobs
 from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.tables import base_models, files, gpus, models, offers, users
+from relay.sweep import remove_unnamed
+from relay.tables import base_models, gpus, models, offers, users
 
 NAMED_IN_ERRORS = 20
+PROMISED_S = 600.0  # a gpu may just have heard that a blob is here, and not send it; the sweep gets it later
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,8 @@ class Models:
             adapter = (await db.execute(gone.returning(models.c.adapter))).scalar_one_or_none()
             if adapter is None:
                 return
-            named = {
-                f["sha256"] for other in (await db.execute(select(models.c.adapter))).scalars() for f in other["files"]
-            }
-            shas = {f["sha256"] for f in adapter["files"]} - named
-            shas -= set((await db.execute(select(files.c.sha256).where(files.c.sha256.in_(shas)))).scalars())
-            for sha256 in shas:
-                await asyncio.to_thread(self._blobs.remove, sha256)
+            shas = [f["sha256"] for f in adapter["files"]]
+            await remove_unnamed(db, self._blobs, shas, older_than=self._clock() - PROMISED_S)
 
     async def tuned(self, model_id: str) -> wire.TunedModel:
         """What a gpu fetches, whoever owns it: it serves the relay, which has checked. Raises ModelNotFound."""

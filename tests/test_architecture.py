@@ -22,7 +22,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["shapes", "models", "files", "bodies", "page"],
         ["sessions", "accounts", "leases", "gpus", "jobs"],
         ["gpu_client"],
-        ["dialout", "transport"],
+        ["dialout", "transport", "sweep"],
         ["blobs", "store"],
         ["tables"],
         ["settings", "errors", "streams"],

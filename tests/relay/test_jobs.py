@@ -1,6 +1,7 @@
 """A fine-tuning job's life, as its owner and its gpu see it."""
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from aiohttp import web
 from openai.types.fine_tuning import FineTuningJob
 
 import wire
+from relay.models import PROMISED_S
 from tests.relay.conftest import CHAT_ROW, Clock, Relay, running_relay, until
 from tests.relay.double_gpu import BASE, DoubleGpu, failed, held, result_of
 
@@ -88,6 +90,7 @@ async def tuned_model(relay: Relay, gpu: DoubleGpu) -> str:
 async def test_a_deleted_model_is_gone_with_its_blobs_and_bases_stay(relay: Relay, gpu: DoubleGpu) -> None:
     model = await tuned_model(relay, gpu)
     before = len(relay.stored())
+    relay.clock.advance(PROMISED_S + 1)
     assert (await relay.openai.models.delete(model)).deleted
     assert len(relay.stored()) == before - 1
     assert [m.id async for m in relay.openai.models.list()] == [BASE]
@@ -95,6 +98,59 @@ async def test_a_deleted_model_is_gone_with_its_blobs_and_bases_stay(relay: Rela
         await relay.openai.models.delete(BASE)
     with pytest.raises(openai.NotFoundError):
         await relay.openai.chat.completions.create(model=model, messages=[])
+
+
+async def test_a_blob_that_a_gpu_was_just_promised_outlives_its_model(relay: Relay, gpu: DoubleGpu) -> None:
+    model = await tuned_model(relay, gpu)
+    job = await create(relay)
+    grant = await gpu.next_grant()
+    result = result_of(grant, b"the trained tensors")
+    assert result.adapter
+    target = gpu.blob_target(grant, result.adapter.files[0].sha256)
+    for path in relay.stored():
+        os.utime(path, (0, 0))
+    assert (await gpu.call("HEAD", target)).status_code == 200
+    assert (await relay.openai.models.delete(model)).deleted
+    assert (await gpu.finish(grant, result)).status_code == 200
+    assert await status_of(relay, job) == "succeeded"
+
+
+@pytest.mark.parametrize("end", ["succeeds", "fails", "is cancelled"])
+async def test_data_whose_file_is_deleted_goes_when_the_job_is_over(relay: Relay, gpu: DoubleGpu, end: str) -> None:
+    job = await create(relay)
+    grant = await gpu.next_grant()
+    await relay.openai.files.delete(job.training_file)
+    data = grant.job.training_file.sha256
+    assert data in [path.name for path in relay.stored()]
+    match end:
+        case "succeeds":
+            assert (await gpu.succeed(grant)).status_code == 200
+        case "fails":
+            assert (await gpu.finish(grant, failed(grant, retry=False))).status_code == 200
+        case _:
+            await relay.openai.fine_tuning.jobs.cancel(job.id)
+    assert data not in [path.name for path in relay.stored()]
+
+
+async def test_a_start_sweeps_up_old_blobs_that_nothing_names(tmp_path: Path, clock: Clock) -> None:
+    async with running_relay(tmp_path, clock) as relay, relay.gpu() as gpu:
+        await tuned_model(relay, gpu)
+        await relay.upload(CHAT_ROW * 5)
+        lost = await create(relay)
+        grant = await gpu.next_grant()
+        await relay.openai.files.delete(lost.training_file)  # the job needs its data still
+        kept = set(relay.stored())
+        assert (await gpu.upload(grant, b"a result that nobody finishes")).status_code == 200
+        left = set(relay.stored()) - kept
+        for path in relay.stored():
+            os.utime(path, (0, 0))
+        assert (await gpu.upload(grant, b"a young one")).status_code == 200
+        young = set(relay.stored()) - kept - left
+        assert len(left) == len(young) == 1
+    async with running_relay(tmp_path, clock) as relay:
+        await until(lambda: set(relay.stored()) == kept | young)
+        await asyncio.sleep(0.1)
+        assert set(relay.stored()) == kept | young
 
 
 async def test_training_on_a_tuned_model_is_refused_with_its_base_named(relay: Relay, gpu: DoubleGpu) -> None:
