@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
 from relay import errors
+from relay.calls import Call
 from relay.gpu_client import GpuClient
 from relay.settings import Settings
 from relay.store import Clock, Store
@@ -44,7 +45,7 @@ class Gpus:
         self._proven: dict[str, int] = {}  # gpu id -> the epoch whose URL led to it
         self._tried_at: dict[str, float] = {}
         self._challenges: dict[tuple[str, int], asyncio.Task[None]] = {}  # under way, by gpu id and epoch
-        self._in_flight: Counter[str] = Counter()
+        self._calls: set[Call] = set()  # live requests of this process
         self._enrol_token = secrets.token_hex(32)  # nobody's, until open()
 
     def open(self, enrol_token: str) -> None:
@@ -185,15 +186,22 @@ class Gpus:
     async def prove(self, at_once: str | None = None) -> None:
         """Challenge, in the background, whoever is alive and has not proven its URL to this process lately.
 
-        The gpu `at_once` is not told to wait for its turn.
+        The gpu `at_once` is not told to wait for its turn. Requests that wait for a gpu that went silent end here.
         """
         now, alive = self._clock(), await self._alive()
+        self._break_off_silent({row.id for row in alive}, now)
         # Since its enrolment, too: it must have read our reply before it can prove anything. Who is gone is forgotten.
         self._tried_at = {row.id: max(self._tried_at.get(row.id, 0.0), row.enrolled_at) for row in alive}
         for row in alive:
             due = row.id == at_once or now - self._tried_at[row.id] >= self._settings.heartbeat_s
             if due and not self.reachable(row.id, row.epoch):
                 self._start_challenge(_endpoint(row))
+
+    def _break_off_silent(self, alive: Collection[str], now: float) -> None:
+        """A gpu that still sends bytes is not silent, whatever its heartbeats do."""
+        for call in self._calls:
+            if call.to.gpu_id not in alive:
+                call.break_off(waiting_since=now - self._settings.alive_s)
 
     def _start_challenge(self, to: Endpoint) -> None:
         which = (to.gpu_id, to.epoch)
@@ -222,18 +230,18 @@ class Gpus:
         able = [row for row in await self._alive(model) if row.id not in exclude and self.reachable(row.id, row.epoch)]
         if not able:
             return None
-        return _endpoint(min(able, key=lambda row: (self._in_flight[row.id], not row.loaded, secrets.randbits(16))))
+        in_flight = Counter(call.to.gpu_id for call in self._calls)
+        return _endpoint(min(able, key=lambda row: (in_flight[row.id], not row.loaded, secrets.randbits(16))))
 
     @contextlib.contextmanager
-    def busy(self, gpu_id: str) -> Iterator[None]:
+    def busy(self, to: Endpoint) -> Iterator[Call]:
         """Counts a live request for as long as it lasts; of this process only."""
-        self._in_flight[gpu_id] += 1
+        call = Call(to, self._clock)
+        self._calls.add(call)
         try:
-            yield
+            yield call
         finally:
-            self._in_flight[gpu_id] -= 1
-            if not self._in_flight[gpu_id]:
-                del self._in_flight[gpu_id]
+            self._calls.discard(call)
 
     async def any_alive(self, model: str) -> bool:
         """Whether a gpu with this base model is there, reachable or not."""

@@ -91,11 +91,11 @@ class Proxy:
 
     async def _open(self, to: Endpoint, ask: Ask) -> Opened:
         with contextlib.ExitStack() as held:
-            held.enter_context(self._gpus.busy(to.gpu_id))
+            call = held.enter_context(self._gpus.busy(to))
             headers = {**ask.headers, wire.HEADER_CALLER: ask.caller}
-            answer = await self._client.send(to, ask.method, ask.target, ask.body, headers)
+            answer = await call.wait(self._client.send(to, ask.method, ask.target, ask.body, headers))
             held.callback(answer.close)
-            chunks = answer.chunks()
+            chunks = call.chunks(answer.chunks())
             first = await anext(chunks, b"")
             if not first:
                 raise errors.GpuUnreachable(f"gpu {to.name!r} closed the connection without an answer. Try again.")

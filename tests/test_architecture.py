@@ -21,7 +21,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["generations", "proxy", "dispatcher"],
         ["shapes", "models", "files", "bodies", "page"],
         ["sessions", "accounts", "leases", "gpus", "jobs"],
-        ["gpu_client"],
+        ["gpu_client", "calls"],
         ["dialout", "transport", "sweep"],
         ["blobs", "store"],
         ["tables"],

@@ -265,6 +265,60 @@ async def test_a_silent_gpu_gets_no_prompt_and_its_model_stays_known(relay: Rela
     assert model.model_dump()["available"] is False
 
 
+@pytest.mark.parametrize("after", ["nothing", "the headers", "a frame"])
+async def test_a_request_to_a_gpu_that_went_silent_ends(relay: Relay, gpu: DoubleGpu, after: str) -> None:
+    """Its tunnel has swallowed the answer: no connection breaks, and no heartbeat comes."""
+
+    async def hang(request: web.Request, _: bytes) -> web.StreamResponse:
+        if after != "nothing":
+            response = await start_stream(request)
+            await response.write(FRAMES[0].encode() if after == "a frame" else b"")
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    gpu.answer = hang
+    asking = asyncio.create_task(chat(relay, stream=True))
+    await until(lambda: gpu.prompts)
+    await asyncio.sleep(0.1)
+    relay.clock.advance(relay.settings.alive_s + 0.1)
+    response = await asyncio.wait_for(asking, 3)
+    if after == "a frame":
+        error = json.loads(response.text.removeprefix(FRAMES[0]).removeprefix("data: "))["error"]
+    else:
+        assert response.status_code == 503
+        error = error_of(response)
+    assert error["code"] == "gpu_unreachable"
+    assert "gone silent" in error["message"]
+    await asyncio.wait_for(gpu.left.wait(), 1)
+
+
+async def test_an_answer_goes_on_while_its_bytes_come_or_its_heartbeats_do(relay: Relay, gpu: DoubleGpu) -> None:
+    step = asyncio.Event()
+
+    async def slowly(request: web.Request, _: bytes) -> web.StreamResponse:
+        response = await start_stream(request)
+        for frame in (*FRAMES, DONE):
+            await response.write(frame.encode())
+            await step.wait()
+            step.clear()
+        return response
+
+    gpu.answer = slowly
+    asking = asyncio.create_task(chat(relay, stream=True))
+    await until(lambda: gpu.prompts)
+    for _ in FRAMES:  # silent for long, in all, but not at a stretch
+        relay.clock.advance(relay.settings.alive_s * 0.7)
+        step.set()
+        await asyncio.sleep(1.2)  # a round of the dispatcher
+    relay.clock.advance(relay.settings.alive_s * 0.7)
+    await gpu.beat()
+    relay.clock.advance(relay.settings.alive_s * 0.7)
+    await asyncio.sleep(1.2)
+    assert not asking.done()
+    step.set()
+    assert (await asking).text == "".join((*FRAMES, DONE))
+
+
 async def test_the_less_busy_gpu_is_asked(relay: Relay, gpu: DoubleGpu) -> None:
     async with relay.gpu() as other:
         release = asyncio.Event()
