@@ -211,6 +211,11 @@ def _say_how_to_call(settings: Settings, out: Screen, served: str) -> None:
     out.say(f"  relay  {settings.relay_url}  key {_key(relay_key)}  ({relay_key})")
     out.say(f"  gpu    {settings.gpu_url}  key {_key(gpu_key)}  ({gpu_key})")
     out.say()
+    out.say(
+        f"Open {settings.relay_url} in a browser and sign in with the relay's key.",
+        f"브라우저에서 {settings.relay_url} 을(를) 열고 relay의 key로 로그인하세요.",
+    )
+    out.say()
     out.say("Ask it yourself, through the relay:", "직접 물어보세요. 릴레이를 거쳐서:")
     out.say(_curl(settings.relay_url, relay_key, served))
     out.say("or the gpu directly:", "또는 gpu에 바로:")
