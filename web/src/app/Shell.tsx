@@ -1,7 +1,7 @@
 import { Icon, type IconName } from '@/components/Icon';
 import { Brand } from '@/components/Brand';
 import { ErrorNote } from '@/components/ErrorNote';
-import { forgetConversation } from '@/features/generate/conversation';
+import { claimConversation, forgetUser, useConversationOwner } from '@/features/generate/conversation';
 import { meQuery, signOut } from '@/features/session/queries';
 import { whenSignedOut } from '@/lib/api';
 import { LANGUAGES, setLanguage, type Language } from '@/lib/i18n';
@@ -30,10 +30,19 @@ export function Shell() {
 
   useEffect(() => {
     whenSignedOut(() => {
+      forgetUser();
       queryClient.clear();
+      if (window.location.pathname === '/sign-in') return; // another request was told the same
       void navigate('/sign-in', { state: { from: window.location.pathname + window.location.search } });
     });
   }, [navigate, queryClient]);
+
+  // Screens wait for this: they show the tab's conversation, and go on with it.
+  const user = me.data?.user.id;
+  const owner = useConversationOwner();
+  useEffect(() => {
+    if (user) claimConversation(user);
+  }, [user]);
 
   if (me.data === null) {
     return <Navigate to="/sign-in" replace state={{ from: location.pathname + location.search }} />;
@@ -60,7 +69,11 @@ export function Shell() {
         </div>
       </nav>
       <main className={css.main} id="content" tabIndex={-1} aria-busy={loading}>
-        {me.isError ? <ErrorNote error={me.error} retry={() => void me.refetch()} /> : me.data ? <Outlet /> : null}
+        {me.isError ? (
+          <ErrorNote error={me.error} retry={() => void me.refetch()} />
+        ) : user && user === owner ? (
+          <Outlet />
+        ) : null}
       </main>
       <ScrollRestoration />
     </div>
@@ -75,8 +88,8 @@ function Settings({ name }: { name: string | undefined }) {
   const queryClient = useQueryClient();
   const navigate = useNavigate();
   const leave = async () => {
+    forgetUser();
     await signOut();
-    forgetConversation();
     queryClient.clear();
     await navigate('/sign-in');
   };

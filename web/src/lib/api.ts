@@ -52,9 +52,12 @@ async function send(method: string, path: string, init: RequestInit = {}): Promi
     throw new ApiError('The relay did not answer.', 0, 'network');
   }
   if (response.ok) return response;
-  const error = errorFrom(response.status, await response.json().catch(() => null));
-  if (error.status === 401 && path !== '/api/session' && path !== '/api/me') onSignedOut();
-  throw error;
+  throw refused(path, response.status, await response.json().catch(() => null));
+}
+
+function refused(path: string, status: number, body: unknown): ApiError {
+  if (status === 401 && path !== '/api/session' && path !== '/api/me') onSignedOut();
+  return errorFrom(status, body);
 }
 
 async function read<T extends z.ZodType>(response: Response, shape: T): Promise<z.infer<T>> {
@@ -110,7 +113,7 @@ export function upload<T extends z.ZodType>(
     request.onabort = () => reject(new DOMException('aborted', 'AbortError'));
     request.onload = () => {
       if (request.status >= 400) {
-        reject(errorFrom(request.status, request.response));
+        reject(refused(path, request.status, request.response));
         return;
       }
       const parsed = shape.safeParse(request.response);

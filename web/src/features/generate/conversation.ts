@@ -1,8 +1,12 @@
-/** The conversation of this tab: its turns, and the one answer that may be under way. Survives a reload of the page. */
+/**
+ * The conversation of this tab: its turns, and the one answer that may be under way. Survives a reload of the page, and
+ * belongs to one user.
+ */
 import { api, ApiError } from '@/lib/api';
 import { useSyncExternalStore } from 'react';
 import { wireForm, type DialValues } from './dials';
 import { generate, type Place, type Report } from './generation';
+import { forgetSettings } from './settings';
 
 export interface Sampling {
   temperature: number;
@@ -44,20 +48,18 @@ export interface Turn {
 const STORED = 'fine-conversation';
 const SAVE_EVERY_MS = 500;
 
-let turns: readonly Turn[] = load();
+let { owner, turns } = load();
 let running: AbortController | null = null;
 let saveTimer: ReturnType<typeof setTimeout> | null = null;
 const listeners = new Set<() => void>();
 
-export function useConversation(): readonly Turn[] {
-  return useSyncExternalStore(
-    (listener) => {
-      listeners.add(listener);
-      return () => listeners.delete(listener);
-    },
-    () => turns,
-  );
+function subscribe(listener: () => void): () => void {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
 }
+
+export const useConversation = (): readonly Turn[] => useSyncExternalStore(subscribe, () => turns);
+export const useConversationOwner = (): string | null => useSyncExternalStore(subscribe, () => owner);
 
 export const isOver = (phase: Phase): boolean => phase.is === 'done' || phase.is === 'stopped' || phase.is === 'failed';
 
@@ -90,10 +92,24 @@ export function stop(): void {
   running?.abort();
 }
 
-/** A new conversation; also at sign-out, for the next one at this screen must not read it. */
+/** A new conversation. */
 export function forgetConversation(): void {
   stop();
   change([]);
+  save();
+}
+
+/** At sign-out, with how its user had set the screen. */
+export function forgetUser(): void {
+  forgetConversation();
+  forgetSettings();
+}
+
+/** Before anything of it is shown: somebody else's is forgotten. */
+export function claimConversation(user: string): void {
+  if (owner === user) return;
+  owner = user;
+  forgetUser();
 }
 
 /** After a reload: an answer that was under way goes on. */
@@ -201,18 +217,24 @@ function save(): void {
   if (saveTimer) clearTimeout(saveTimer);
   saveTimer = null;
   try {
-    sessionStorage.setItem(STORED, JSON.stringify(turns));
+    sessionStorage.setItem(STORED, JSON.stringify({ owner, turns }));
   } catch {
     // Full or forbidden: the conversation then lives as long as the page.
   }
 }
 
-function load(): Turn[] {
+interface Stored {
+  owner: string | null; // a user's id
+  turns: readonly Turn[];
+}
+
+function load(): Stored {
   try {
-    const found = JSON.parse(sessionStorage.getItem(STORED) ?? '[]') as Turn[];
-    return found.map((turn) => ({ ...turn, firstWordAt: null, lastWordAt: null }));
+    const found = JSON.parse(sessionStorage.getItem(STORED) ?? '{}') as Partial<Stored>;
+    const turns = (found.turns ?? []).map((turn) => ({ ...turn, firstWordAt: null, lastWordAt: null }));
+    return { owner: found.owner ?? null, turns };
   } catch {
-    return [];
+    return { owner: null, turns: [] };
   }
 }
 

@@ -37,6 +37,9 @@ export function setSettings(fields: Partial<Settings>): void {
   for (const listener of listeners) listener();
 }
 
+/** The system prompt and the model's name are their user's, as the conversation is. */
+export const forgetSettings = (): void => setSettings(DEFAULTS);
+
 function load(): Settings {
   try {
     return { ...DEFAULTS, ...(JSON.parse(sessionStorage.getItem(STORED) ?? '{}') as Partial<Settings>) };
