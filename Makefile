@@ -7,12 +7,13 @@ TOUR ?= 1
 export PYTHON TORCH_INDEX DATA TOUR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo web web-check lint test test-long test-all bench-link clean
+.PHONY: help setup demo web web-check lint test test-long test-all bench-generate bench-link clean
 
 help:
 	@echo "make demo      relay + gpu on this machine; fine-tunes a small Llama before your eyes (TOUR=0: only serve)"
 	@echo "make test      lint, types, unit and end-to-end tests"
 	@echo "make test-all  and the long ones"
+	@echo "make bench-generate text generation, side by side with transformers serve"
 	@echo "make bench-link what dial-out adds to a request, against HTTP on loopback"
 	@echo "make web       only build the page, into web/dist"
 	@echo "make lint      ruff and mypy only"
@@ -46,6 +47,9 @@ test-long: setup
 	.venv/bin/python -m pytest -m long || test $$? -eq 5  # 5: none was collected
 
 test-all: test test-long
+
+bench-generate: setup
+	.venv/bin/python -m bench.generate
 
 bench-link: setup
 	.venv/bin/python -m bench.link

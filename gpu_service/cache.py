@@ -171,7 +171,7 @@ class Pool:
     """The decoding rows of one model."""
 
     def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
+        self.geometry = geometry
         self._classes: dict[int, _Class] = {}
 
     @property
@@ -190,7 +190,7 @@ class Pool:
         kept = None
         with contextlib.suppress(torch.OutOfMemoryError, MemoryError):  # then there is nothing to take along
             if keep:
-                kept = RowCache(self._geometry, slot.length)
+                kept = RowCache(self.geometry, slot.length)
                 for own, block in zip((*kept.keys, *kept.values), (*slot.size.keys, *slot.size.values), strict=True):
                     own[0] = block[slot.index, :, : slot.length]
                 kept.length = slot.length
@@ -205,13 +205,13 @@ class Pool:
         for slot in self.order():
             if slot.length == slot.size.capacity:
                 self._outgrow(slot)
-        return Decoding(self._geometry, [size for size in self._classes.values() if size.members])
+        return Decoding(self.geometry, [size for size in self._classes.values() if size.members])
 
     def order(self) -> list[Slot]:
         return [slot for size in self._classes.values() for slot in size.members]
 
     def _place(self, capacity: int, length: int) -> Slot:
-        size = self._classes.setdefault(capacity, _Class(self._geometry, capacity))
+        size = self._classes.setdefault(capacity, _Class(self.geometry, capacity))
         if len(size.members) == size.slots:
             size.resize(grown(size.slots))
         slot = Slot(size, len(size.members), length)

@@ -1,6 +1,8 @@
 """The device, the precision and why, free memory. Knows no model."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +87,34 @@ def _precision(kind: str, wanted: str | None) -> Precision:
             return Precision("bf16", torch.bfloat16, False, "this GPU has bf16 units")
         major, minor = torch.cuda.get_device_capability()
         return Precision("fp16", torch.float16, True, f"sm_{major}{minor} has no bf16 units")
-    return Precision("fp32", torch.float32, False, f"{kind} computes exactly in fp32, and rows repeat in any batch")
+    if kind == "cpu" and (unit := _bf16_unit()):
+        return Precision("bf16", torch.bfloat16, False, f"this CPU has {unit}: twice as fast in half the memory")
+    return Precision("fp32", torch.float32, False, f"this {kind} has no units for less")
+
+
+def _bf16_unit() -> str | None:
+    """What multiplies bf16 here. torch has no public question for it; without an answer there is none."""
+    for name, unit in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
+        supported = getattr(torch.cpu, name, None)
+        if supported is not None and supported():
+            return unit
+    return None
+
+
+@contextlib.contextmanager
+def quick_vectors(rows: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """For a decode step of so many rows. With one row every matrix meets a single vector, and there oneDNN reads bf16
+    weights at half the speed of torch's own kernels; from about three rows on it is the faster one.
+    """
+    if rows > 2 or dtype is not torch.bfloat16 or device.type != "cpu":
+        yield
+        return
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def translate(exc: BaseException) -> BaseException:

@@ -19,7 +19,7 @@ from gpu_service.artifacts import Adapter
 from gpu_service.cache import Pool, RowCache, Slot, class_tokens
 from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
-from gpu_service.device import translate
+from gpu_service.device import quick_vectors, translate
 from gpu_service.errors import GpuError, NotFinite
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
@@ -166,8 +166,9 @@ class _Group:
             self._rows_of = slots, _rows([self.rows[slot].request for slot in slots])
         rows, decoder = self._rows_of[1], self._served.decoder
         ids = torch.tensor([[self.rows[slot].tokens[-1]] for slot in slots], device=attention.positions.device)
-        h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
-        logits = decoder.unembed(decoder.final_norm(h, rows), rows)[:, 0]  # (B, V)
+        with quick_vectors(len(slots), self.pool.geometry.dtype, self.pool.geometry.device):
+            h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
+            logits = decoder.unembed(decoder.final_norm(h, rows), rows)[:, 0]  # (B, V)
         best = logits.max(-1)  # a NaN or an infinity anywhere in a row shows in its maximum
         likeliest, finite = best.indices.tolist(), best.values.isfinite().tolist()
         ended: list[Slot] = []

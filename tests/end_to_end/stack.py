@@ -141,6 +141,7 @@ class Gpu(Service):
             "GPU_PORT": str(self.port),
             "GPU_DATA_DIR": str(folder / "data"),
             "GPU_DEVICE": "cpu",
+            "GPU_PRECISION": "fp32",  # rows repeat in any batch, so answers can be compared
             "GPU_MODELS": ",".join(f"{name}={path}" for name, path in models.items()),
             "GPU_TUNNEL": "none",
             "HF_HUB_OFFLINE": "1",

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import torch
 
+from gpu_service import device as devices
 from gpu_service import settings
-from gpu_service.device import Device
+from gpu_service.device import Device, quick_vectors
 from gpu_service.models import Models, find
 from gpu_service.service import locked
-from gpu_service.settings import BadSetting, from_env
+from gpu_service.settings import BadSetting, Settings, from_env
 from tests.conftest import ROOT
 
 
@@ -153,3 +155,20 @@ def wait_until_up(http: httpx2.Client) -> None:
         except httpx2.TransportError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+def test_precision_is_chosen_with_a_reason_and_can_be_set() -> None:
+    chosen = devices.choose(Settings(device="cpu")).precision
+    assert chosen.name in ("bf16", "fp32")
+    assert ("AMX" in chosen.why or "AVX512-BF16" in chosen.why) == (chosen.name == "bf16")
+    assert devices.choose(Settings(device="cpu", precision="fp16")).precision.scaler
+
+
+def test_a_step_of_one_row_leaves_the_library_as_it_was() -> None:
+    cpu, before = torch.device("cpu"), torch.backends.mkldnn.enabled
+    with quick_vectors(1, torch.bfloat16, cpu):
+        assert not torch.backends.mkldnn.enabled
+    for rows, dtype in ((8, torch.bfloat16), (1, torch.float32)):
+        with quick_vectors(rows, dtype, cpu):
+            assert torch.backends.mkldnn.enabled == before
+    assert torch.backends.mkldnn.enabled == before
