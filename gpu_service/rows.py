@@ -107,7 +107,8 @@ class Rows:
             return y + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype)) * lora.scale
         if shared := self._shared.get(f"{name}.weight"):
             a, b, mask = shared
-            return y + F.linear(F.linear(x, a) * mask, b)
+            u = F.linear(x, a) * mask  # (B, T, sum of ranks)
+            return torch.addmm(y.flatten(0, 1), u.flatten(0, 1), b.T).view_as(y)  # added within the product
         return y
 
     def rms_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
