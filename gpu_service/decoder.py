@@ -1,6 +1,5 @@
 """What serving and training ask of a decoder, and which one a config needs."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -24,16 +23,7 @@ class Decoder(Protocol):
     def embed(self, ids: Tensor, rows: Rows, attention: Attention) -> Tensor:
         """(B, T) -> (B, T, D)"""
 
-    def layers(
-        self,
-        h: Tensor,
-        first: int,
-        last: int,
-        rows: Rows,
-        attention: Attention,
-        *,
-        checkpoint: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
+    def layers(self, h: Tensor, first: int, last: int, rows: Rows, attention: Attention) -> Tensor:
         """(B, T, D) entering layer `first` -> (B, T, D) leaving layer `last - 1`."""
 
     def final_norm(self, h: Tensor, rows: Rows) -> Tensor: ...

@@ -4,7 +4,7 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 import wire
 from gpu_service.errors import BodyTooLarge, Unauthorized
@@ -67,6 +67,3 @@ class Gate:
             if len(body) > self._max_body_bytes:
                 raise BodyTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes, which is the limit here.")
         return bytes(body)
-
-
-__all__ = ["ClientDisconnect", "Gate", "Identity"]

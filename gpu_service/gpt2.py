@@ -58,22 +58,10 @@ class Gpt2:
         h = F.embedding(ids, rows.weight("wte.weight"))
         return rows.drop(h + F.embedding(attention.positions, rows.weight("wpe.weight")), self._embed_drop)
 
-    def layers(
-        self,
-        h: Tensor,
-        first: int,
-        last: int,
-        rows: Rows,
-        attention: Attention,
-        *,
-        checkpoint: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
+    def layers(self, h: Tensor, first: int, last: int, rows: Rows, attention: Attention) -> Tensor:
         """Hidden states (B, T, D) entering layer `first` -> hidden states leaving layer `last - 1`."""
         for layer in range(first, last):
-            if checkpoint:
-                h = checkpoint(self._layer, h, layer, rows, attention)
-            else:
-                h = self._layer(h, layer, rows, attention)
+            h = self._layer(h, layer, rows, attention)
         return h
 
     def final_norm(self, h: Tensor, rows: Rows) -> Tensor:

@@ -70,26 +70,14 @@ class Llama:
         """ids (B, T) -> hidden states (B, T, D). Positions come with the layers."""
         return F.embedding(ids, rows.weight("model.embed_tokens.weight"))
 
-    def layers(
-        self,
-        h: Tensor,
-        first: int,
-        last: int,
-        rows: Rows,
-        attention: Attention,
-        *,
-        checkpoint: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
+    def layers(self, h: Tensor, first: int, last: int, rows: Rows, attention: Attention) -> Tensor:
         """Hidden states (B, T, D) entering layer `first` -> hidden states leaving layer `last - 1`."""
         angles = attention.positions[..., None].float() * self._frequencies  # (B or 1, T, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         rope = Rope(cos.to(h.dtype), sin.to(h.dtype))
         for layer in range(first, last):
-            if checkpoint:
-                h = checkpoint(self._layer, h, layer, rope, rows, attention)
-            else:
-                h = self._layer(h, layer, rope, rows, attention)
+            h = self._layer(h, layer, rope, rows, attention)
         return h
 
     def final_norm(self, h: Tensor, rows: Rows) -> Tensor:

@@ -61,10 +61,6 @@ class Sampler:
         self._written[token] = self._written.get(token, 0) + 1
         return self._told(token, raw) if s.top_logprobs is not None else Drawn(token)
 
-    def took(self, token: int) -> Drawn:
-        """The caller has taken the likeliest token for a `plain_greedy` row."""
-        return Drawn(token)
-
     def _penalised(self, logits: Tensor) -> Tensor:
         s = self.sampling
         if s.plain_greedy or not (

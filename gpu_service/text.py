@@ -179,7 +179,7 @@ class _Group:
             try:
                 if not finite[i]:
                     raise NotFinite
-                if row.write(row.sampler.took(likeliest[i]) if plain else row.sampler.draw(logits[i])):
+                if row.write(Drawn(likeliest[i]) if plain else row.sampler.draw(logits[i])):
                     ended.append(slot)
             except Exception as exc:  # this row ends here, whatever it was
                 failed.append((slot, exc))
