@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import wire
-from gpu_service import layers, train
+from gpu_service import costs, layers, train
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, NotYet
 from gpu_service.layers import TensorInfo
@@ -230,7 +230,7 @@ def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: floa
         rows = train.micro_rows(wanted, source, selection, train.batch_rows(wanted, body.data.rows), tokens, device)
     times = {}
     if flops_per_s:
-        token_s = layers.training_flops(selection, source.tensors, tied=source.tied) / flops_per_s
+        token_s = costs.training_flops(selection, source.tensors, tied=source.tied) / flops_per_s
         times["chat_pause_s"] = round(rows * tokens * token_s, 2)
         if body.data:
             seen = train.n_epochs(wanted, body.data.rows) * body.data.rows * tokens
@@ -251,7 +251,7 @@ def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: floa
     return {
         "object": "layers.preview",
         "model": source.id,
-        "summary": layers.summary(selection, cost),
+        "summary": costs.summary(selection, cost),
         "selected_tensors": selection.n_tensors,
         "total_tensors": selection.total_tensors,
         "trainable_parameters": selection.n_trainable,

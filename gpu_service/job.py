@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wire
-from gpu_service import artifacts, layers, train
+from gpu_service import artifacts, costs, layers, train
 from gpu_service.artifacts import Adapter, AdapterMeta, BlobCache, LoraMeta
 from gpu_service.data import TokenStore
 from gpu_service.device import Device
@@ -130,7 +130,7 @@ class Jobs:
         plan = train.plan(spec.hyperparameters, source, selection, store, length, self._device)
         cost = source.cost(selection, plan.micro_rows, store.report.longest, self._device.precision.dtype.itemsize)
         reporter.say(f"Training data: {store.report.summary()}.")
-        reporter.say(f"Training {layers.summary(selection, cost)}, on {self._device.name}.")
+        reporter.say(f"Training {costs.summary(selection, cost)}, on {self._device.name}.")
         for note in selection.notes:
             reporter.say(note)
         chosen = plan.chosen()

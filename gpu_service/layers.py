@@ -1,4 +1,4 @@
-"""From a layer spec to the tensors that are trained, and what that costs. No torch: a preview answers at once.
+"""From a layer spec to the tensors that are trained. No torch: a preview answers at once.
 
 Knows the names of a checkpoint's tensors and their shapes; not their values, nor how training goes.
 The language is described for its users in docs/layers.md.
@@ -301,88 +301,6 @@ def _what_exists(tensors: Sequence[TensorInfo]) -> str:
 def _echo(spec: LayerSpec) -> str:
     match = f", match '{spec.match}'" if spec.match is not None else ""
     return f"{spec.method} of {', '.join(spec.parts)} in layers {spec.layers}{match}"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Memory of training at its peak, by what fills it."""
-
-    weights_bytes: int  # the base model, frozen
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    adapter_bytes: int  # the trained numbers in fp32, beside the frozen base; also the adapter's size on disk
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-
-def estimate(
-    selection: Selection,
-    *,
-    n_layers: int,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-    n_heads: int,
-    base_bytes_per_param: int,
-    base_params: int,
-    rows: int,
-    tokens: int,
-) -> Estimate:
-    """What a micro-batch of `rows` x `tokens` needs. An upper bound in its activations.
-
-    Trained numbers, their gradients and AdamW's two moments are fp32: 4, 4 and 8 bytes each. For the backward pass a
-    layer keeps per token, in the precision of the base: its input, the two norms' outputs, q, k, v, the attention's
-    output and the residual between (8 H, k and v counted as if heads were not shared), gate, up, their activation and
-    product (4 I), and one fp32 number per head (attention keeps no probabilities). This holds from the lowest trained
-    layer upwards; those below keep nothing. The logits and their gradient are fp32: 8 V bytes per token.
-    """
-    n = selection.n_trainable
-    per_layer = (8 * hidden_size + 4 * intermediate_size) * base_bytes_per_param + 4 * n_heads
-    layers = n_layers - selection.lowest_layer
-    return Estimate(
-        weights_bytes=base_params * base_bytes_per_param,
-        gradients_bytes=4 * n,
-        optimizer_bytes=8 * n,
-        activations_bytes=rows * tokens * (layers * per_layer + 8 * vocab_size),
-        adapter_bytes=4 * n,
-    )
-
-
-def forward_flops(tensors: Sequence[TensorInfo], *, tied: bool) -> int:
-    """Of one token through every layer and the head: two for each weight of a linear map."""
-    return 2 * sum(t.n_params for t in tensors if t.linear or (tied and t.part == "embed"))
-
-
-def training_flops(selection: Selection, tensors: Sequence[TensorInfo], *, tied: bool) -> float:
-    """Of one token, forward and backward.
-
-    All layers run forward. From the lowest trained one upwards gradients flow back, as much again; and a tensor that is
-    trained in full takes its own gradient, as much once more. Half of all tokens carry a label and so meet the head.
-    """
-    head = sum(t.n_params for t in tensors if t.part == ("embed" if tied else "head"))
-    forward = forward_flops(tensors, tied=tied) - 2 * head
-    lowest = selection.lowest_layer
-    above = 2 * sum(t.n_params for t in tensors if t.linear and t.layer is not None and t.layer >= lowest)
-    return forward + above + 2 * selection.n_trainable + 0.5 * 4 * head
-
-
-def summary(selection: Selection, estimate: Estimate) -> str:
-    """One line for a person: "160 of 272 tensors, 1.2 M trainable parameters (0.9 % of 134.5 M), about 1.1 GB"."""
-    share = 100 * selection.n_trainable / selection.total_params
-    return (
-        f"{selection.n_tensors:,} of {selection.total_tensors:,} tensors, {_short(selection.n_trainable)} trainable "
-        f"parameters ({share:.2g} % of {_short(selection.total_params)}), about {estimate.total / 1e9:.1f} GB"
-    )
-
-
-def _short(n: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:,.1f} {unit}"
-    return str(n)
 
 
 def describe(tensors: Sequence[TensorInfo]) -> dict[str, Any]:

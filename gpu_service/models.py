@@ -20,9 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import wire
+from gpu_service.costs import Estimate, estimate
 from gpu_service.device import Device
 from gpu_service.errors import NoSuchModel, UnsupportedModel
-from gpu_service.layers import Estimate, Selection, TensorInfo, estimate, gpt2_tensors, llama_tensors
+from gpu_service.layers import Selection, TensorInfo, gpt2_tensors, llama_tensors
 from gpu_service.settings import BadSetting
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gpu_service import artifacts, layers, train
+from gpu_service import artifacts, costs, train
 from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
@@ -306,7 +306,7 @@ class Worker:
             decoder = decoders.build(source.family, source.config, self._device.torch)
             served = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids)
             self._served[source.id] = served
-            self._speeds[source.id] = layers.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)
+            self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)
         return self._served[source.id]
 
     @torch.inference_mode()

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from gpu_service import layers
+from gpu_service.costs import Estimate, estimate, summary
 from gpu_service.errors import BadRequest, GpuError, NoSuchLayer, NotYet, UnsupportedModel
-from gpu_service.layers import TensorInfo, estimate, llama_tensors, select
+from gpu_service.layers import TensorInfo, llama_tensors, select
 from wire import LayerSpec
 
 N, H, INNER, V = 12, 8, 16, 32  # layers, hidden size, MLP's inner size, vocabulary
@@ -262,7 +263,7 @@ def test_the_lowest_layer_is_the_number_of_layers_when_only_norm_or_head_is_trai
     assert select(LLAMA, [LayerSpec(method="full", parts=["embed"])], tied=False).lowest_layer == 0
 
 
-def costs(spec: LayerSpec, rows: int = 4, tokens: int = 16) -> layers.Estimate:
+def costs(spec: LayerSpec, rows: int = 4, tokens: int = 16) -> Estimate:
     found = select(LLAMA, [spec], tied=False)
     return estimate(
         found, n_layers=N, hidden_size=H, intermediate_size=INNER, vocab_size=V, n_heads=2,
@@ -291,10 +292,8 @@ def test_the_summary_is_one_line_for_a_person() -> None:
     smol = {name: tuple(72 * n for n in shape) for name, shape in shapes(n_layers=30, head=False).items()}
     tensors = llama_tensors(smol)
     found = select(tensors, [LayerSpec(layers="last:8")], tied=True)
-    cost = layers.Estimate(1_000_000_000, 0, 0, 0, 100_000_000)
-    assert layers.summary(found, cost) == (
-        "56 of 272 tensors, 1.2 M trainable parameters (1.3 % of 90.9 M), about 1.1 GB"
-    )
+    cost = Estimate(1_000_000_000, 0, 0, 0, 100_000_000)
+    assert summary(found, cost) == ("56 of 272 tensors, 1.2 M trainable parameters (1.3 % of 90.9 M), about 1.1 GB")
 
 
 def test_the_description_lists_every_tensor_once_by_layer() -> None:
