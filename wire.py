@@ -23,6 +23,8 @@ EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 MAX_COUNT = 2**31 - 1  # INTEGER
 MAX_BYTES = 2**53  # within BIGINT, and exact in JSON of any language
 
+MAX_CHUNK_BYTES = 8 * 2**20  # of a checkpoint: what is sent again when a connection breaks
+
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 Fence = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
@@ -90,6 +92,32 @@ class FileRef(Message):
     bytes: Bytes
 
 
+class ChunkRef(Message):
+    """A piece of a checkpoint's file, a blob of its own."""
+
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1, le=MAX_CHUNK_BYTES)]
+
+
+class ChunkedFile(Message):
+    """A file as its chunks in order. `sha256` and `bytes` are of the whole."""
+
+    name: str = Field(min_length=1, max_length=200)
+    sha256: Sha256
+    bytes: Bytes
+    chunks: list[ChunkRef] = Field(max_length=65_536)
+
+
+class Checkpoint(Message):
+    """What a job needs to go on elsewhere, as after `step` optimizer steps. It exists once the relay has it."""
+
+    step: int = Field(ge=0, le=MAX_COUNT)
+    total_steps: int = Field(ge=1, le=MAX_COUNT)
+    validation_loss: float | None = Field(default=None, allow_inf_nan=False)  # the last one: the least is the best
+    made_on: str = Field(max_length=100)  # device kind and precision: elsewhere the same ones resume bit for bit
+    files: list[ChunkedFile] = Field(min_length=1, max_length=16)
+
+
 class JobSpec(Message):
     """Everything that a gpu needs to run one fine-tune."""
 
@@ -100,6 +128,7 @@ class JobSpec(Message):
     seed: int = Field(ge=0, lt=2**31)
     training_file: FileRef
     validation_file: FileRef | None = None
+    checkpoints: list[Checkpoint] = Field(default=[], max_length=8)  # newest first: if one is damaged, the next
 
 
 class AdapterManifest(Message):
@@ -200,7 +229,28 @@ class CancelLease(Message):
     fence: int
 
 
-Command = Annotated[GrantLease | CancelLease, Field(discriminator="kind")]
+class PauseLease(Message):
+    """Store a checkpoint, then release the lease as "paused"."""
+
+    kind: Literal["pause"] = "pause"
+    job_id: str
+    fence: int
+
+
+class Drain(Message):
+    """Take no more live requests, end those that run, checkpoint and release the leases as "drained"."""
+
+    kind: Literal["drain"] = "drain"
+
+
+class LoadModel(Message):
+    """Have this base model in memory: somebody waits for it."""
+
+    kind: Literal["load"] = "load"
+    model: str
+
+
+Command = Annotated[GrantLease | CancelLease | PauseLease | Drain | LoadModel, Field(discriminator="kind")]
 
 
 class HeartbeatReply(Message):
@@ -234,6 +284,35 @@ class JobEvents(Message):
 
     fence: Fence
     events: list[JobEvent] = Field(max_length=1000)
+
+
+class Reservation(Message):
+    """POST /gpu/jobs/{id}/reserve, before the first step: the most that the job will store, and how long it takes.
+
+    The relay sets that much of the owner's quota and of its disk aside, or refuses at once.
+    """
+
+    fence: Fence
+    checkpoint_bytes: Bytes
+    result_bytes: Bytes
+    estimated_s: float = Field(ge=0, le=1e9, allow_inf_nan=False)  # of the whole job, on this gpu
+
+
+class CheckpointStored(Message):
+    """POST /gpu/jobs/{id}/checkpoints, once all of its chunks are stored: from here on it exists."""
+
+    fence: Fence
+    checkpoint: Checkpoint
+
+
+class Release(Message):
+    """POST /gpu/jobs/{id}/release: the lease is given back on purpose, after a checkpoint where one could be made.
+
+    "paused" pauses the job, the others queue it again; none costs an attempt.
+    """
+
+    fence: Fence
+    reason: Literal["paused", "drained", "leaving"]
 
 
 class JobError(Message):
