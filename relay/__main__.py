@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("--user", required=True)
     create.set_defaults(command=_create_key)
     keys.add_parser("list", help="every key").set_defaults(command=_list_keys)
-    revoke = keys.add_parser("revoke", help="a key stops working at once")
+    revoke = keys.add_parser("revoke", help="a key stops working within a second")
     revoke.add_argument("id")
     revoke.set_defaults(command=_revoke_key)
     commands.add_parser("gpus", help="every gpu that enrolled").set_defaults(command=_show_gpus)

@@ -1,25 +1,36 @@
 """Users and their API keys. A key is shown once and kept as its hash.
 
-The admin's key comes from the settings, and is the only one that can be read again.
+The admin's key comes from the settings, and is the only one that can be read again. A good key is remembered for a
+second, so a busy one costs no query a request: what this process revokes is refused at once, what another process or
+the command line revokes within that second. When a key was last used is written in batches: a crash loses a few
+seconds of it.
 """
 
+import asyncio
 import hashlib
+import logging
 import re
 import secrets
 from dataclasses import dataclass
 
 from sqlalchemy import insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay import errors
 from relay.store import Clock, Store
 from relay.tables import keys, users
 
+log = logging.getLogger("relay.accounts")
+
 KEY_PREFIX = "sk-fine-"
 ADMIN = "admin"
 SHOWN_CHARS = 14  # of a key, in lists
 ADMIN_KEY_ID = "key-admin"
-LAST_USED_EVERY_S = 60.0  # writing it at each request would make every read a write
+LAST_USED_EVERY_S = 60.0  # nobody needs it more exactly
+REMEMBERED_S = 1.0  # how long a key counts as good without another look
+MOST_REMEMBERED = 10_000  # keys
+FOLD_EVERY_S = 5.0
 WHERE_KEYS_COME_FROM = (
     "send 'Authorization: Bearer sk-fine-...'. The key of admin lies in admin.key in the relay's data folder; "
     "'python -m relay keys create --user NAME' makes others"
@@ -48,10 +59,20 @@ class Key:
     revoked_at: float | None
 
 
+@dataclass
+class _Remembered:
+    user: User
+    looked_at: float
+    last_used_at: float
+
+
 class Accounts:
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
+        self._remembered: dict[str, _Remembered] = {}  # by the key's hash
+        self._changes = 0  # of keys by this process: a look that began before one is not remembered
+        self._used: dict[str, float] = {}  # key id -> when; not yet in the database
 
     async def open(self, admin_key: str) -> None:
         """Exactly one admin key is good: this one."""
@@ -62,26 +83,67 @@ class Accounts:
             done = await db.execute(update(keys).where(keys.c.id == ADMIN_KEY_ID).values(**row))
             if not done.rowcount:
                 await db.execute(insert(keys).values(id=ADMIN_KEY_ID, owner=owner, created_at=now, **row))
+        self._forget()
 
     async def user_of(self, authorization: str | None) -> User:
         """Whose key this header carries. Raises InvalidKey."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise errors.InvalidKey(f"no API key: {WHERE_KEYS_COME_FROM}")
-        # Looked up by its hash: how long that takes says nothing about the key.
+        sha256, now = _sha256(key.strip()), self._clock()
+        held = self._remembered.get(sha256)
+        if held is None or not 0 <= now - held.looked_at < REMEMBERED_S:  # a clock that was set back proves nothing
+            held = await self._look_up(sha256, now)
+        if held.last_used_at < now - LAST_USED_EVERY_S:
+            held.last_used_at = self._used[held.user.key_id] = now
+        return held.user
+
+    async def _look_up(self, sha256: str, now: float) -> "_Remembered":
+        # By its hash: how long that takes says nothing about the key.
         query = (
             select(users.c.id, users.c.name, keys.c.id.label("key_id"), keys.c.last_used_at)
             .join(keys, keys.c.owner == users.c.id)
-            .where(keys.c.sha256 == _sha256(key.strip()), keys.c.revoked_at.is_(None))
+            .where(keys.c.sha256 == sha256, keys.c.revoked_at.is_(None))
         )
+        changes = self._changes
         async with self._store.read() as db:
             row = (await db.execute(query)).one_or_none()
         if row is None:
+            self._remembered.pop(sha256, None)
             raise errors.InvalidKey(f"this API key is wrong or revoked: {WHERE_KEYS_COME_FROM}")
-        if (row.last_used_at or 0.0) < self._clock() - LAST_USED_EVERY_S:
+        used_at = max(row.last_used_at or 0.0, self._used.get(row.key_id, 0.0))
+        held = _Remembered(User(row.id, row.name, row.key_id), now, used_at)
+        if changes == self._changes:
+            if len(self._remembered) >= MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[sha256] = held
+        return held
+
+    def _forget(self) -> None:
+        self._changes += 1
+        self._remembered.clear()
+
+    async def fold(self) -> None:
+        """What was noted since the last time goes into the database; it stays noted where that fails."""
+        noted = dict(self._used)
+        if not noted:
+            return
+        try:
             async with self._store.write() as db:
-                await db.execute(update(keys).where(keys.c.id == row.key_id).values(last_used_at=self._clock()))
-        return User(row.id, row.name, row.key_id)
+                for key_id, at in noted.items():
+                    await db.execute(update(keys).where(keys.c.id == key_id).values(last_used_at=at))
+        except SQLAlchemyError:
+            log.exception("when keys were used could not be written; it is tried again")
+            return
+        for key_id, at in noted.items():
+            if self._used.get(key_id) == at:
+                del self._used[key_id]
+
+    async def keep_folding(self) -> None:
+        """Every few seconds, until it is cancelled."""
+        while True:
+            await asyncio.sleep(FOLD_EVERY_S)
+            await self.fold()
 
     async def create_key(self, user: str, name: str | None = None) -> tuple[str, str]:
         """Its id and the key. Makes the user if there is none. Raises InvalidRequest for a name that can't be."""
@@ -103,12 +165,13 @@ class Accounts:
         return [Key(r.id, r.user, r.name, r.prefix, r.created_at, r.last_used_at, r.revoked_at) for r in rows]
 
     async def revoke(self, key_id: str) -> None:
-        """Works at once, in every process. Raises NotFound, and InvalidRequest for the admin's."""
+        """At once here, within REMEMBERED_S in other processes. Raises NotFound, and InvalidRequest for the admin's."""
         if key_id == ADMIN_KEY_ID:
             raise errors.InvalidRequest("the admin's key is changed by RELAY_ADMIN_KEY, or by deleting admin.key")
         async with self._store.write() as db:
             mark = update(keys).where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
             done = await db.execute(mark.values(revoked_at=self._clock()))
+        self._forget()
         if not done.rowcount:
             raise errors.NotFound(f"no key '{key_id}' that is still good: 'python -m relay keys list' shows them")
 
