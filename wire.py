@@ -30,6 +30,7 @@ Fence = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
 Auto = Literal["auto"]
 Family = Literal["llama", "gpt2", "sd"]
+Quantize = Literal["none", "8bit", "4bit"]
 
 DIALLED = "relay"  # the kind of tunnel of a gpu that opens a WebSocket to its relay: GET /gpu/dial, signed
 
@@ -47,7 +48,7 @@ class LayerSpec(Message):
     """Which tensors a job trains, and how. Layers count from 0; ranges are inclusive at both ends."""
 
     method: Literal["full", "lora", "dora"] = "lora"
-    quantize: Literal["none", "8bit", "4bit"] = "none"  # of the frozen base weights
+    quantize: Quantize = "none"  # of the frozen base weights
     parts: list[str] = Field(default=["attn", "mlp"], min_length=1, max_length=32)
     layers: str = Field(default="all", max_length=500)  # all | first:4 | last:8 | 8-15,31 | block names
     match: str | None = Field(default=None, max_length=500)  # regular expression on tensor names; narrows

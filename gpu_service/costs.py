@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import wire
 from gpu_service.layers import Selection, TensorInfo
+
+BLOCK = 64  # weights that share a scale where they are held in 4 bits
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ def estimate(
     vocab_size: int,
     n_heads: int,
     base_bytes_per_param: int,
-    base_params: int,
+    base_weights_bytes: int,
     rows: int,
     tokens: int,
 ) -> Estimate:
@@ -46,12 +49,26 @@ def estimate(
     per_layer = (8 * hidden_size + 4 * intermediate_size) * base_bytes_per_param + 4 * n_heads
     layers = n_layers - selection.lowest_layer
     return Estimate(
-        weights_bytes=base_params * base_bytes_per_param,
+        weights_bytes=base_weights_bytes,
         gradients_bytes=4 * n,
         optimizer_bytes=8 * n,
         activations_bytes=rows * tokens * (layers * per_layer + 8 * vocab_size),
         adapter_bytes=4 * n,
     )
+
+
+def weights_bytes(tensors: Sequence[TensorInfo], quantize: wire.Quantize, bytes_per_param: int) -> int:
+    """Of a model in memory. What is quantised is the matrices within layers; embedding, head and norms never are."""
+    return sum(_held_bytes(t, quantize if t.quantisable else "none", bytes_per_param) for t in tensors)
+
+
+def _held_bytes(tensor: TensorInfo, quantize: wire.Quantize, bytes_per_param: int) -> int:
+    n = tensor.n_params
+    if quantize == "8bit":
+        return n + 4 * tensor.shape[0]  # one scale a row
+    if quantize == "4bit":
+        return -(-n // 2) + 4 * -(-n // BLOCK)
+    return n * bytes_per_param
 
 
 def forward_flops(tensors: Sequence[TensorInfo], *, tied: bool) -> int:

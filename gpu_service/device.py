@@ -3,7 +3,7 @@
 import contextlib
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ class Precision:
     dtype: torch.dtype  # of the base weights and of activations; trained tensors are fp32 everywhere
     scaler: bool  # gradients would underflow in fp16 without loss scaling
     why: str
+    quantize: wire.Quantize = "none"  # how the matrices of models that serve are held
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ def choose(settings: Settings) -> Device:
     if kind == "mps" and not _has_mps():
         raise BadSetting("GPU_DEVICE is 'mps' and torch sees no Apple GPU: leave it unset")
     name = torch.cuda.get_device_name() if kind == "cuda" else _processor()
-    return Device(torch.device(kind), name, _precision(kind, settings.precision))
+    precision = _precision(kind, settings.precision)
+    if settings.quantize != "none":
+        why = f"{precision.why}; layers' matrices in {settings.quantize}, as GPU_QUANTIZE says"
+        precision = replace(precision, quantize=settings.quantize, why=why)
+    return Device(torch.device(kind), name, precision)
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 
 from gpu_service.errors import BadRequest, NoSuchLayer, NotYet, UnsupportedModel
-from wire import LayerSpec
+from wire import LayerSpec, Quantize
 
 PARAM = "layers"
 MATCH_BUDGET_S = 0.25  # that all patterns of one selection may take together
@@ -64,6 +64,11 @@ class TensorInfo:
     def n_params(self) -> int:
         return prod(self.shape)
 
+    @property
+    def quantisable(self) -> bool:
+        """The head stays as it is: it costs one matrix, and every token's choice hangs on it."""
+        return self.linear and self.layer is not None
+
     def belongs_to(self, part: str) -> bool:
         return self.part == part or self.part.startswith(f"{part}.")
 
@@ -94,6 +99,7 @@ class Selection:
     total_params: int
     n_layers: int  # of the model
     notes: tuple[str, ...]
+    quantize: Quantize = "none"  # how the frozen base is held
 
     @property
     def n_tensors(self) -> int:
@@ -160,6 +166,7 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
     full: dict[str, TensorInfo] = {}
     lora: dict[str, LoraTarget] = {}
     notes: list[str] = []
+    quantize = _quantize(specs)
     for spec in specs:
         _refuse_unbuilt(spec)
         for tensor in _chosen(tensors, spec, tied, deadline, notes):
@@ -169,6 +176,7 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
                 # No alpha: twice the rank, so that the rank does not change how far a step goes.
                 lora[tensor.name] = LoraTarget(tensor, spec.rank, spec.alpha or 2.0 * spec.rank)
             else:
+                _refuse_packed(tensor, quantize)
                 full[tensor.name] = tensor
     return Selection(
         full=tuple(full[t.name] for t in tensors if t.name in full),
@@ -177,14 +185,29 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
         total_params=sum(t.n_params for t in tensors),
         n_layers=_n_layers(tensors),
         notes=tuple(dict.fromkeys(notes)),
+        quantize=quantize,
     )
+
+
+def _quantize(specs: Sequence[LayerSpec]) -> Quantize:
+    """There is one frozen base, so one answer; specs that say nothing agree."""
+    asked = {spec.quantize for spec in specs} - {"none"}
+    if len(asked) > 1:
+        raise BadRequest("Specs ask for 8bit and for 4bit: a job has one frozen base, choose one.", param=PARAM)
+    return asked.pop() if asked else "none"
+
+
+def _refuse_packed(tensor: TensorInfo, quantize: Quantize) -> None:
+    if quantize != "none" and tensor.quantisable:
+        raise BadRequest(
+            f"'{tensor.name}' is held in {quantize} and can't be trained itself: use lora for it, or quantize none.",
+            param=PARAM,
+        )
 
 
 def _refuse_unbuilt(spec: LayerSpec) -> None:
     if spec.method == "dora":
         raise NotYet("method 'dora' is not built yet: use 'lora' or 'full'.", param=PARAM)
-    if spec.quantize != "none":
-        raise NotYet(f"quantize '{spec.quantize}' is not built yet: use 'none'.", param=PARAM)
     if spec.component is not None:
         raise NotYet(
             f"component '{spec.component}' belongs to Stable Diffusion, which is not trained yet: a text model has one "

@@ -7,9 +7,10 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,10 +21,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import wire
-from gpu_service.costs import Estimate, estimate
+from gpu_service.costs import Estimate, estimate, weights_bytes
 from gpu_service.device import Device
-from gpu_service.errors import NoSuchModel, UnsupportedModel
+from gpu_service.errors import NoSuchModel, OutOfMemory, UnsupportedModel
 from gpu_service.layers import Selection, TensorInfo, gpt2_tensors, llama_tensors
+from gpu_service.quantize import Quantized
 from gpu_service.settings import BadSetting
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,10 @@ class Source:
     def token_text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
 
+    def weights_bytes(self, quantize: wire.Quantize, bytes_per_param: int) -> int:
+        """In memory."""
+        return weights_bytes(self.tensors, quantize, bytes_per_param)
+
     def cost(self, selection: Selection, rows: int, tokens: int, bytes_per_param: int) -> Estimate:
         """What training `selection` takes in memory, with micro-batches of `rows` x `tokens`."""
         return estimate(
@@ -88,7 +94,7 @@ class Source:
             vocab_size=self.config.vocab_size,
             n_heads=self.config.num_attention_heads,
             base_bytes_per_param=bytes_per_param,
-            base_params=selection.total_params,
+            base_weights_bytes=self.weights_bytes(selection.quantize, bytes_per_param),
             rows=rows,
             tokens=tokens,
         )
@@ -96,10 +102,20 @@ class Source:
 
 @dataclass(frozen=True)
 class Base:
-    """A model in memory. One copy serves and trains."""
+    """A model in memory. One copy serves and trains, unless a training asks for another quantisation."""
 
     source: Source
     weights: Mapping[str, Tensor]  # by checkpoint name, on the device, in its precision
+    quantize: wire.Quantize = "none"
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)  # the matrices that `weights` lacks then
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(w.nbytes for w in self.weights.values()) + sum(q.n_bytes for q in self.quantized.values())
 
 
 class Models:
@@ -109,10 +125,13 @@ class Models:
         self._device = device
         self._sources = {s.id: s for s in (find(name, hf_token) for name in names)}
         self._loaded: dict[str, Base] = {}
+        # Held otherwise than what serves, for as long as a training holds on to them.
+        self._lent: WeakValueDictionary[tuple[str, str], Base] = WeakValueDictionary()
 
-    def n_params(self) -> int:
-        """Of all models together."""
-        return sum(tensor.n_params for source in self._sources.values() for tensor in source.tensors)
+    def weights_bytes(self) -> int:
+        """Of all models together, as they serve."""
+        precision = self._device.precision
+        return sum(s.weights_bytes(precision.quantize, precision.dtype.itemsize) for s in self._sources.values())
 
     def ids(self) -> list[str]:
         return list(self._sources)
@@ -135,12 +154,27 @@ class Models:
             for s in self._sources.values()
         ]
 
-    def load(self, model: str) -> Base:
+    def load(self, model: str, quantize: wire.Quantize | None = None) -> Base:
+        """`quantize` None: as it serves. Raises OutOfMemory, with both figures, before anything is read."""
+        serving = self._device.precision.quantize
         if model not in self._loaded:
-            source = self.source(model)
-            log.info("loading %s in %s", model, self._device.precision.name)
-            self._loaded[model] = Base(source, read_weights(source, self._device))
-        return self._loaded[model]
+            self._loaded[model] = self._read(self.source(model), serving)
+        if quantize is None or quantize == serving:
+            return self._loaded[model]
+        base = self._lent.get((model, quantize)) or self._read(self.source(model), quantize)
+        self._lent[model, quantize] = base
+        return base
+
+    def _read(self, source: Source, quantize: wire.Quantize) -> Base:
+        held = self._device.precision.name if quantize == "none" else f"{self._device.precision.name} and {quantize}"
+        needs, free = source.weights_bytes(quantize, self._device.precision.dtype.itemsize), self._device.free_bytes()
+        if needs > free:
+            raise OutOfMemory(
+                f"{source.id} takes {needs / 1e6:,.0f} MB in {held}, and {free / 1e6:,.0f} MB are free on this gpu: "
+                "hold it in 8bit or 4bit (quantize), or use a smaller model."
+            )
+        log.info("loading %s in %s", source.id, held)
+        return read_base(source, self._device, quantize)
 
 
 def find(name: str, hf_token: str | None = None) -> Source:
@@ -266,15 +300,20 @@ def _stop_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in flat if i is not None)
 
 
-def read_weights(source: Source, device: Device) -> dict[str, Tensor]:
-    """The checkpoint's tensors by name, on the device and in its precision."""
+def read_base(source: Source, device: Device, quantize: wire.Quantize = "none") -> Base:
+    """The checkpoint's tensors by name, on the device and in its precision; each is packed as soon as it is read."""
     weights: dict[str, Tensor] = {}
+    quantized: dict[str, Quantized] = {}
+    packed = {t.name for t in source.tensors if t.quantisable}
     for file in _weight_files(source.folder):
         with safe_open(file, framework="pt", device=str(device.torch)) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if not IGNORED_TENSORS.search(name):
                     tensor = tensors.get_tensor(name).to(device.precision.dtype)
-                    held = as_held(source.family, name, tensor)
-                    weights |= {n: part for n, part in held if n in source.shapes}
+                    for held, part in as_held(source.family, name, tensor):
+                        if quantize != "none" and held in packed:
+                            quantized[held] = Quantized(part, quantize)
+                        elif held in source.shapes:
+                            weights[held] = part
     assert all(torch.is_floating_point(w) for w in weights.values())
-    return weights
+    return Base(source, weights, quantize, quantized)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_service.artifacts import Lora
+from gpu_service.quantize import Quantized
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,19 @@ class Rows:
         self,
         weights: Mapping[str, Tensor],
         *,
+        quantized: Mapping[str, Quantized] | None = None,  # the matrices that `weights` lacks
         full: Mapping[str, Tensor] | None = None,
         lora: Sequence[Mapping[str, Lora] | None] = (),  # by row; a single one stands for every row
         dials: Sequence[Dials | None] = (),  # by row
         dropout: bool = False,
     ) -> None:
         self._weights = weights
+        self._quantized = quantized or {}
         self.dropout = dropout  # in training
         self._full = full or {}
         self._gains: dict[str, Tensor] = {}
-        self._device = next(iter(weights.values())).device
+        some = next(iter(weights.values()))
+        self._device, self._dtype = some.device, some.dtype
         if any(d is not None for d in dials):
             n_layers = next(len(d.attn) for d in dials if d is not None)
             all_dials = [d or Dials.plain(n_layers) for d in dials]
@@ -95,11 +99,14 @@ class Rows:
         if full is None:
             return self._weights[name]
         # A tensor in training is kept in fp32 whatever the base runs in.
-        return full.to(self._weights[name].dtype)
+        return full.to(self._dtype)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x (B, T, in) -> (B, T, out) by `<name>.weight`, `<name>.bias` where there is one, and the rows' LoRA."""
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._weights else None
+        packed = self._quantized.get(f"{name}.weight")
+        if packed is not None and f"{name}.weight" not in self._full:
+            return self._adapted(packed.linear(x, bias), x, name)
         return self._adapted(F.linear(x, self.weight(f"{name}.weight"), bias), x, name)
 
     def _adapted(self, y: Tensor, x: Tensor, name: str) -> Tensor:

@@ -5,6 +5,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import wire
 
 TABLE: dict[str, str] = {
     "GPU_HOST": "Address to listen on.",
@@ -22,10 +25,13 @@ TABLE: dict[str, str] = {
     "GPU_RUNTIME_ENDS_AT": "When this runtime ends, in unix seconds, where it is known; shown, and told to the relay.",
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
+    "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
     "HF_TOKEN": "Hugging Face token, for models that ask for one.",
 }
 
 
+Choice = TypeVar("Choice", bound=str)
+QUANTIZE: tuple[wire.Quantize, ...] = ("none", "8bit", "4bit")
 TUNNELS = ("none", "ngrok", "cloudflared", "relay")
 
 
@@ -50,6 +56,7 @@ class Settings:
     runtime_ends_at: float | None = None
     device: str | None = None
     precision: str | None = None
+    quantize: wire.Quantize = "none"
     hf_token: str | None = None
 
     max_body_bytes: int = 8 * 2**20
@@ -74,11 +81,11 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     def text(name: str) -> str | None:
         return env.get(name, "").strip() or None
 
-    def one_of(name: str, *allowed: str) -> str | None:
+    def one_of(name: str, *allowed: Choice) -> Choice | None:
         value = text(name)
         if value and value not in allowed:
             raise BadSetting(f"{name} is '{value}': use {', '.join(allowed)}, or leave it unset")
-        return value
+        return next((choice for choice in allowed if choice == value), None)
 
     port = text("GPU_PORT") or "8001"
     if not port.isdigit() or not 0 <= int(port) < 65536:
@@ -115,6 +122,7 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
         public_url=public_url.rstrip("/") if public_url else None,
         device=one_of("GPU_DEVICE", "cpu", "cuda", "mps"),
         precision=one_of("GPU_PRECISION", "fp32", "bf16", "fp16"),
+        quantize=one_of("GPU_QUANTIZE", *QUANTIZE) or "none",
         hf_token=text("HF_TOKEN"),
     )
 

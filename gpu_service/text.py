@@ -21,6 +21,7 @@ from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import quick_vectors, translate
 from gpu_service.errors import GpuError, NotFinite
+from gpu_service.quantize import Quantized
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
 from gpu_service.sampling import Drawn, Sampler, Sampling
@@ -59,6 +60,7 @@ class Served:
     weights: Mapping[str, Tensor]
     tokenizer: Any
     stop_ids: frozenset[int]
+    quantized: Mapping[str, Quantized] | None = None  # the matrices that `weights` lacks
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
@@ -319,6 +321,7 @@ def _rows(requests: list[Request]) -> Rows:
     first = requests[0]
     return Rows(
         first.served.weights,
+        quantized=first.served.quantized,
         full=first.adapter.full if first.adapter else None,
         lora=[r.adapter.lora if r.adapter else None for r in requests],
         dials=[r.dials for r in requests],

@@ -173,7 +173,7 @@ def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Prog
     plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
     full, lora = trainable(job.selection, base, job.seed)
     parameters = [*full.values(), *(p for pair in lora.values() for p in (pair.a, pair.b))]
-    rows = Rows(base.weights, full=full, lora=[lora], dropout=True)
+    rows = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora], dropout=True)
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
     step = tokens = 0
@@ -237,7 +237,7 @@ def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Te
     random = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
     for target in selection.lora:
         out_features, in_features = target.tensor.shape
-        device = base.weights[target.tensor.name].device
+        device = base.device
         a = torch.empty(target.rank, in_features).uniform_(-1, 1, generator=random) / math.sqrt(in_features)
         b = torch.zeros(out_features, target.rank)
         lora[target.tensor.name] = Lora(a.to(device).requires_grad_(), b.to(device).requires_grad_(), target.scale)

@@ -129,8 +129,7 @@ class Worker:
         self._max_waiting = settings.max_waiting
         self._adapter_budget_bytes = settings.adapter_cache_bytes
         self._scheduler = Scheduler(settings.train_share)
-        weights_bytes = models.n_params() * device.precision.dtype.itemsize  # they are loaded after this
-        budget_bytes = int(settings.kv_share * max(device.free_bytes() - weights_bytes, 0))
+        budget_bytes = int(settings.kv_share * max(device.free_bytes() - models.weights_bytes(), 0))  # they come later
         chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self._trainings: list[Training] = []
@@ -288,8 +287,10 @@ class Worker:
                 raise StopIteration
             with training.own_random_state():
                 if training.steps is None:
-                    base = self._models.load(training.job.source.id)
-                    training.steps = train.run(training.job, base, self._serve(base).decoder, self._device)
+                    source = training.job.source
+                    decoder = self._serve(self._models.load(source.id)).decoder
+                    base = self._models.load(source.id, training.job.selection.quantize)
+                    training.steps = train.run(training.job, base, decoder, self._device)
                 item = next(training.steps)
         except StopIteration:
             self._trainings.remove(training)
@@ -304,7 +305,7 @@ class Worker:
         source = base.source
         if source.id not in self._served:
             decoder = decoders.build(source.family, source.config, self._device.torch)
-            served = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids)
+            served = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids, base.quantized)
             self._served[source.id] = served
             self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)
         return self._served[source.id]
@@ -313,7 +314,7 @@ class Worker:
     def _token_s(self, served: Served) -> float:
         """Seconds that a token takes in a short prompt; of two passes the second counts."""
         ids = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=self._device.torch)
-        rows, seconds = Rows(served.weights), 0.0
+        rows, seconds = Rows(served.weights, quantized=served.quantized), 0.0
         for _ in range(2):
             start = time.perf_counter()
             attention = Whole(PROBE_TOKENS, self._device.torch)

@@ -39,6 +39,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["llama", "gpt2"],
         ["rows", "cache"],
         ["models", "artifacts", "sampling", "detokenizer"],
+        ["quantize"],
         ["device", "costs", "layers", "scheduler"],
         ["settings", "errors"],
     ],

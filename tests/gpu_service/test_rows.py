@@ -18,6 +18,18 @@ def dials(base: Base, **settings: object) -> Dials | None:
     return bodies.DialsBody.model_validate(settings).for_layers(base.source.tensors, base.source.n_layers)
 
 
+def random_lora(base: Base, seed: int) -> dict[str, Lora]:
+    """Of another rank and other layers with each seed, and strong enough to change the answers."""
+    random = torch.Generator().manual_seed(seed)
+    rank, lora = 2 + seed % 3, {}
+    for tensor in base.source.tensors:
+        if tensor.quantisable and (tensor.layer or 0) % 3 == seed % 3:
+            a = torch.randn(rank, tensor.shape[1], generator=random) / tensor.shape[1] ** 0.5
+            b = torch.randn(tensor.shape[0], rank, generator=random) / tensor.shape[1] ** 0.5
+            lora[tensor.name] = Lora(a, b, 0.5)
+    return lora
+
+
 @torch.no_grad()
 def logits(base: Base, rows: Rows) -> Tensor:
     return whole_logits(Llama(base.source.config, CPU), rows, IDS)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_service.decoder import build
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import Device
 from gpu_service.errors import NotFinite
-from gpu_service.llama import Llama
 from gpu_service.models import Base
 from gpu_service.rows import Dials
 from gpu_service.sampling import Sampler, Sampling
@@ -70,7 +70,8 @@ def test_any_text_ends_before_the_stop_string_that_is_complete_first(tiny: Base,
 
 def served(base: Base, cpu: Device) -> Served:
     source = base.source
-    return Served(source.id, Llama(source.config, cpu.torch), base.weights, source.tokenizer, source.stop_ids)
+    decoder = build(source.family, source.config, cpu.torch)
+    return Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids, base.quantized)
 
 
 class Caller:
