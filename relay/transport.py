@@ -3,11 +3,15 @@
 Knows nothing of signatures, models or what an answer means.
 """
 
+import ipaddress
+import socket
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
 import wire
@@ -17,6 +21,12 @@ KEEPALIVE_S = (
     4.0  # below uvicorn's 5 s: we must be the first to drop an idle connection, or a request meets a closed one
 )
 CHUNK_BYTES = 2**16
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # leaves out what wraps an IPv4 address: mapped, NAT64
+NOT_TUNNELS = (
+    ipaddress.ip_network("2002::/16"),  # 6to4
+    ipaddress.ip_network("192.0.0.0/24"),  # a cloud's metadata among them
+    ipaddress.ip_network("168.63.129.16/32"),  # public by its number, and inside a cloud its own host
+)
 
 
 class TransportFailed(Exception):
@@ -72,15 +82,71 @@ class _HttpAnswer:
         self._response.close()
 
 
+class GuardedResolver(AbstractResolver):
+    """Names as `names` has them, without the addresses that no tunnel has.
+
+    A name can lead elsewhere after its URL was checked; what is connected to is what was looked at here.
+    """
+
+    def __init__(self, names: AbstractResolver, *, allow_loopback: bool) -> None:
+        self._names = names
+        self._allow_loopback = allow_loopback
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Raises OSError where no address is left."""
+        found = await self._names.resolve(host, port, family)
+        own = self._allow_loopback and host == "localhost"
+        if good := [one for one in found if is_public(one["host"]) or (own and _is_loopback(one["host"]))]:
+            return good
+        raise OSError(f"{host} leads to no public address")
+
+    async def close(self) -> None:
+        await self._names.close()
+
+
+def is_public(address: str) -> bool:
+    """An address of the open internet, by itself and not as a wrapping of another (IPv4-mapped, NAT64, 6to4).
+
+    https://www.iana.org/assignments/iana-ipv6-special-registry
+    """
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if not ip.is_global or ip.is_multicast:
+        return False
+    return (ip.version == 4 or ip in GLOBAL_UNICAST) and not any(ip in network for network in NOT_TUNNELS)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 class TunnelTransport:
     """Plain HTTP requests to the URL that the gpu's tunnel has. Follows no redirect, obeys no proxy of ours."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, allow_loopback: bool, names: AbstractResolver | None = None) -> None:
+        self._allow_loopback = allow_loopback
+        self._names = names  # None: as this machine resolves them
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
+        resolver = GuardedResolver(self._names or ThreadedResolver(), allow_loopback=self._allow_loopback)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, resolver=resolver),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
@@ -100,10 +166,14 @@ class TunnelTransport:
         assert self._session, "open() comes first"
         if to.url is None:
             raise TransportFailed("it has no URL")
+        url = URL(to.url + target, encoded=True)  # the target is signed as it stands
+        host = url.host or ""
+        if _is_address(host) and not is_public(host) and not (self._allow_loopback and _is_loopback(host)):
+            raise TransportFailed(f"{host} is no public address")  # an address in a URL is not resolved
         try:
             response = await self._session.request(
                 method,
-                URL(to.url + target, encoded=True),  # the target is signed as it stands
+                url,
                 headers=headers,
                 data=body or None,
                 allow_redirects=False,
