@@ -24,7 +24,7 @@ from gpu_service.device import Device
 from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
 from gpu_service.gate import Gate, Identity
 from gpu_service.models import Models, Source
-from gpu_service.text import Event, Finish, Piece
+from gpu_service.text import Event, Finish, Piece, PromptTold
 from gpu_service.worker import AdapterFiles, Generation, Worker
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class _Routes:
         param: str,
     ) -> Response:
         room = source.context_tokens - len(prompt)
-        if room < 1:
+        if room < min(1, body.wanted_tokens):
             raise PromptTooLong(len(prompt), source.context_tokens, param=param)
         wanted = Generation(
             base_model=source.id,
@@ -160,6 +160,7 @@ class _Routes:
             sampling=body.sampling(min(room, body.wanted_tokens), source, body.wanted_logprobs),
             dials=body.dials_for(source.tensors, source.n_layers),
             n=body.n or 1,
+            tell_prompt=isinstance(body, bodies.CompletionBody) and body.tells_prompt,
             caller=request.headers.get(wire.HEADER_CALLER, ""),
             alone=body.deterministic,
         )
@@ -170,7 +171,7 @@ class _Routes:
         first = await _unless_gone(request, anext(events))
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            frames = _frames(shape, _with(first, events), wanted.n, echo, usage)
+            frames = _frames(shape, _with(first, events), wanted.n, echo, wanted.tell_prompt, usage)
             return StreamingResponse(frames, media_type="text/event-stream", headers={"cache-control": "no-store"})
         return JSONResponse(await _unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo)))
 
@@ -199,6 +200,10 @@ async def _whole(shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int
     answers, finishes = [bodies.Answer(echo) for _ in range(n)], []
     async with aclosing(events):  # type: ignore[type-var]
         async for event in events:
+            if isinstance(event, PromptTold):
+                for answer in answers:
+                    answer.drawn = event.drawn
+                continue
             answer = answers[event.index]
             if isinstance(event, Piece):
                 answer.text += event.text
@@ -210,7 +215,7 @@ async def _whole(shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int
 
 
 async def _frames(
-    shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int, echo: str, include_usage: bool
+    shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int, echo: str, told: bool, include_usage: bool
 ) -> AsyncIterator[bytes]:
     """Server-sent events. An error after the first one is an event of its own, and no [DONE] follows it."""
     finishes = []
@@ -219,10 +224,13 @@ async def _frames(
             for index in range(n):
                 if opening := shape.first(index):
                     yield _frame(opening)
-                if echo:
+                if echo and not told:
                     yield _frame(shape.piece(index, echo))
             async for event in events:
-                if isinstance(event, Finish):
+                if isinstance(event, PromptTold):
+                    for index in range(n):
+                        yield _frame(shape.piece(index, echo, event.drawn))
+                elif isinstance(event, Finish):
                     finishes.append(event)
                     yield _frame(shape.last(event))
                 else:

@@ -185,10 +185,21 @@ class CompletionBody(GenerationBody):
     prompt: str | list[str]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool = False
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0 with echo: only the prompt is read
+
+    @model_validator(mode="after")
+    def _something(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 answers nothing: it goes with echo, or let it be 1 or more")
+        return self
 
     @property
     def wanted_tokens(self) -> int:
-        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+        return DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def tells_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -376,7 +387,10 @@ class AnswerShape:
         return {
             "tokens": [self.token_text(d.token) for d in drawn],
             "token_logprobs": [d.logprob for d in drawn],
-            "top_logprobs": [{self.token_text(token): logprob for token, logprob in d.top} for d in drawn],
+            "top_logprobs": [
+                None if d.logprob is None else {self.token_text(token): logprob for token, logprob in d.top}
+                for d in drawn
+            ],  # the first of an echoed prompt follows nothing, so nothing was likely
             "text_offset": None,
         }
 

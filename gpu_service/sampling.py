@@ -43,6 +43,16 @@ class Drawn:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def told(logits: Tensor, tokens: Sequence[int], count: int) -> list[Drawn]:
+    """logits (N, V) and the N tokens that follow -> their log probabilities, and those of the `count` likeliest."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    top = logprobs.topk(count)
+    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    pairs = [tuple(zip(which, values, strict=True)) for which, values in likeliest]
+    return [Drawn(*drawn) for drawn in zip(tokens, own, pairs, strict=True)]
+
+
 class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int], index: int = 0) -> None:
         """`index` counts the answers to one prompt, each of which draws for itself."""
@@ -59,7 +69,7 @@ class Sampler:
         scores = self._penalised(raw)
         token = int(scores.argmax()) if s.temperature == 0 else self._random_token(scores / s.temperature)
         self._written[token] = self._written.get(token, 0) + 1
-        return self._told(token, raw) if s.top_logprobs is not None else Drawn(token)
+        return Drawn(token) if s.top_logprobs is None else told(raw[None], [token], s.top_logprobs)[0]
 
     def _penalised(self, logits: Tensor) -> Tensor:
         s = self.sampling
@@ -92,10 +102,3 @@ class Sampler:
         if s.min_p > 0:
             probabilities = probabilities * (probabilities >= s.min_p * probabilities.max())
         return int(torch.multinomial(probabilities, 1, generator=self._random))
-
-    def _told(self, token: int, raw: Tensor) -> Drawn:
-        logprobs = torch.log_softmax(raw, dim=-1)
-        count = self.sampling.top_logprobs or 0
-        top = logprobs.topk(count) if count else None
-        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)) if top else ()
-        return Drawn(token, float(logprobs[token]), pairs)

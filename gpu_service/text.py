@@ -24,10 +24,12 @@ from gpu_service.errors import GpuError, NotFinite
 from gpu_service.quantize import Quantized
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
-from gpu_service.sampling import Drawn, Sampler, Sampling
+from gpu_service.sampling import Drawn, Sampler, Sampling, told
 from gpu_service.scheduler import Admission
 
 log = logging.getLogger(__name__)
+
+TOLD_TOKENS = 128  # of a prompt whose logits are held at once: (128, 49152) fp32 is 25 MB
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,14 @@ class Finish:
     cached_tokens: int  # of the prompt: read in an earlier turn
 
 
-Event = Piece | Finish
+@dataclass(frozen=True)
+class PromptTold:
+    """The prompt's own tokens, where they were asked for; before anything is written. The first follows nothing."""
+
+    drawn: tuple[Drawn, ...]
+
+
+Event = PromptTold | Piece | Finish
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Request:
     prompt: list[int]
     sampling: Sampling
     n: int = 1
+    tell_prompt: bool = False  # the log probabilities of its tokens; `sampling` says with how many others
     caller: str = ""  # requests of one caller wait for each other, not for everybody
     alone: bool = False  # not batched with anybody, so that a seed repeats in any precision
     send: Callable[[Event | BaseException], None]
@@ -138,18 +148,32 @@ class _Reader:
         self.request, self.cache = request, cache
         self.cached_tokens = cache.length
         self.rows = _rows([request])
+        self.told: list[Drawn] = [Drawn(request.prompt[0])]
 
     def read(self, chunk_tokens: int) -> Tensor | None:
         """Logits (V,) behind the prompt once it is all read."""
         served, prompt = self.request.served, self.request.prompt
-        chunk = prompt[self.cache.length : self.cache.length + chunk_tokens]
+        start = self.cache.length
+        chunk = prompt[start : start + chunk_tokens]
         ids = torch.tensor([chunk], device=self.cache.keys[0].device)
         attention = self.cache.reading(len(chunk))
         h = served.decoder.embed(ids, self.rows, attention)
         h = served.decoder.layers(h, 0, served.decoder.n_layers, self.rows, attention)
-        if self.cache.length < len(prompt):
-            return None
-        return served.decoder.unembed(served.decoder.final_norm(h[:, -1:], self.rows), self.rows)[0, 0]
+        if self.request.tell_prompt:
+            self._tell(h, prompt[start + 1 : start + 1 + len(chunk)])
+        return self._logits(h[:, -1:])[0] if self.cache.length == len(prompt) else None
+
+    def _tell(self, h: Tensor, following: list[int]) -> None:
+        """h (1, T, D), and the tokens behind each: T, or one less at the prompt's end."""
+        for at in range(0, len(following), TOLD_TOKENS):
+            tokens = following[at : at + TOLD_TOKENS]
+            logits = self._logits(h[:, at : at + len(tokens)])
+            self.told += told(logits, tokens, self.request.sampling.top_logprobs or 0)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """(1, T, D) -> (T, V)"""
+        decoder = self.request.served.decoder
+        return decoder.unembed(decoder.final_norm(h, self.rows), self.rows)[0]
 
 
 class _Group:
@@ -250,7 +274,8 @@ class Engine:
         # What is kept for later turns gives way to who is here now.
         self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
         try:
-            cache = None if request.alone else self._reuse.find(request.computes, request.prompt, geometry)
+            anew = request.alone or request.tell_prompt  # what is not read tells nothing
+            cache = None if anew else self._reuse.find(request.computes, request.prompt, geometry)
             cache = cache or RowCache(geometry, class_tokens(len(request.prompt)))
             self._readers.append(_Reader(request, cache))
         except Exception as exc:  # one request ends here, whatever it was
@@ -264,12 +289,17 @@ class Engine:
                 self._readers.append(self._readers.pop(0))  # the next chunk is another's turn
                 return
             self._readers.remove(reader)
+            if not bool(logits.max().isfinite()):
+                raise NotFinite
+            if request.tell_prompt:
+                request.send(PromptTold(tuple(reader.told)))
+            if request.sampling.max_tokens == 0:
+                self._end_unwritten(request, reader)
+                return
             if request.group not in self._groups:
                 geometry = request.served.decoder.geometry(self._dtype, self._device)
                 self._groups[request.group] = _Group(request.served, Pool(geometry))
             group = self._groups[request.group]
-            if not bool(logits.max().isfinite()):
-                raise NotFinite
             for index in range(request.n):
                 group.rows[group.pool.join(reader.cache)] = _Row(request, index, reader.cached_tokens)
             joined = [slot for slot, row in group.rows.items() if row.request is request]
@@ -278,6 +308,12 @@ class Engine:
                 self._leave(request.group, group, slot, keep=True)
         except Exception as exc:  # one request ends here, whatever it was
             self._end(request, exc)
+
+    def _end_unwritten(self, request: Request, reader: _Reader) -> None:
+        """Only the prompt was asked about."""
+        for index in range(request.n):
+            request.send(Finish(index, "length", len(request.prompt), 0, reader.cached_tokens))
+        self._admission.done(request)
 
     def _decode(self, key: Hashable, group: _Group) -> None:
         try:

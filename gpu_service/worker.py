@@ -60,6 +60,7 @@ class Generation:
     sampling: Sampling
     dials: Dials | None
     n: int = 1
+    tell_prompt: bool = False
     caller: str = ""
     alone: bool = False
 
@@ -261,6 +262,7 @@ class Worker:
                 prompt=wanted.prompt,
                 sampling=wanted.sampling,
                 n=wanted.n,
+                tell_prompt=wanted.tell_prompt,
                 caller=wanted.caller,
                 alone=wanted.alone,
                 send=stream.send,

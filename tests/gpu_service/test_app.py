@@ -72,11 +72,46 @@ async def test_several_answers_with_log_probabilities_whole_and_streamed(client:
 
 
 async def test_echo_puts_the_prompt_before_the_completion(client: openai.AsyncOpenAI) -> None:
-    done = await client.completions.create(model=TINY, prompt="Once upon", echo=True, max_tokens=3, logprobs=1)
+    done = await client.completions.create(model=TINY, prompt="Once upon", echo=True, max_tokens=3)
     assert done.choices[0].text.startswith("Once upon")
-    assert done.choices[0].logprobs
-    assert done.choices[0].logprobs.token_logprobs
-    assert len(done.choices[0].logprobs.token_logprobs) == 3
+    assert done.choices[0].logprobs is None
+
+
+async def test_echo_with_log_probabilities_tells_those_of_the_prompt_whole_and_streamed(
+    client: openai.AsyncOpenAI,
+) -> None:
+    asked: dict[str, Any] = {"model": TINY, "prompt": "Once upon a time", "echo": True, "logprobs": 2, "n": 2}
+    whole = await client.completions.create(**asked, max_tokens=3, seed=1)
+    told = whole.choices[0].logprobs
+    assert told
+    assert told.tokens
+    assert told.token_logprobs
+    assert told.top_logprobs
+    assert whole.usage
+    assert len(told.tokens) == whole.usage.prompt_tokens + 3
+    assert "".join(told.tokens) == whole.choices[0].text
+    assert told.token_logprobs[0] is None
+    assert told.top_logprobs[0] is None
+    assert all(p <= 0 for p in told.token_logprobs[1:])
+    texts, tokens = ["", ""], [0, 0]
+    async for chunk in await client.completions.create(**asked, max_tokens=3, seed=1, stream=True):
+        choice = chunk.choices[0]
+        texts[choice.index] += choice.text
+        tokens[choice.index] += len(choice.logprobs.tokens or []) if choice.logprobs else 0
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [len(told.tokens)] * 2
+
+    only = await client.completions.create(**asked, max_tokens=0)
+    assert only.usage
+    assert only.usage.completion_tokens == 0
+    for choice in only.choices:
+        assert (choice.text, choice.finish_reason) == ("Once upon a time", "length")
+        assert choice.logprobs
+        assert choice.logprobs.token_logprobs == told.token_logprobs[: only.usage.prompt_tokens]
+    alone = await client.completions.create(model=TINY, prompt="Once", echo=True, max_tokens=0)
+    assert alone.choices[0].text == "Once"
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        await client.completions.create(model=TINY, prompt="Once", max_tokens=0)
 
 
 async def test_completions_whole_and_streamed(client: openai.AsyncOpenAI) -> None:

@@ -13,8 +13,8 @@ from gpu_service.device import Device
 from gpu_service.errors import NotFinite
 from gpu_service.models import Base
 from gpu_service.rows import Dials
-from gpu_service.sampling import Sampler, Sampling
-from gpu_service.text import Engine, Event, Finish, Piece, Request, Served
+from gpu_service.sampling import Drawn, Sampler, Sampling
+from gpu_service.text import Engine, Event, Finish, Piece, PromptTold, Request, Served
 
 TEXTS = [
     "Hello, world",
@@ -249,6 +249,32 @@ def test_the_real_model_writes_in_a_mixed_batch_what_transformers_generates(smol
         if bool((best[:, 0] - best[:, 1] > 1e-3).all()):
             expected = smol.source.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
             assert caller.text() == expected
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+def test_the_prompts_log_probabilities_are_those_of_transformers_whole_or_read_in_chunks(
+    tiny: Base, cpu: Device, chunk: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny.source.folder, dtype=torch.float32).eval()
+    to, running = served(tiny, cpu), engine(cpu, chunk)
+    ids = tiny.source.tokenizer(PROMPTS[5]).input_ids
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for _ in range(2):  # the second time its beginning is known, and must be read again all the same
+        caller = Caller(to, ids, Sampling(max_tokens=4, temperature=0, top_logprobs=3), tell_prompt=True)
+        running.add(caller.request)
+        while len(running):
+            running.step()
+        prompt = caller.heard[0]
+        assert isinstance(prompt, PromptTold)
+        assert prompt.drawn[0] == Drawn(ids[0])
+        assert [d.token for d in prompt.drawn] == ids
+        for at, drawn in enumerate(prompt.drawn[1:]):
+            assert drawn.logprob == pytest.approx(float(expected[at, ids[at + 1]]), abs=1e-4)
+            assert [p for _, p in drawn.top] == pytest.approx(expected[at].topk(3).values.tolist(), abs=1e-4)
+        assert caller.finish.cached_tokens == 0
 
 
 def test_the_next_turn_reads_only_what_is_new_and_answers_the_same(tiny: Base, cpu: Device) -> None:
