@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,14 +15,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx2
+import psutil
+from aiohttp import web
 from openai import AsyncOpenAI
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tests.cable import Cable
 from tests.conftest import ROOT, TINY
 from tests.end_to_end.stack import free_port
 from tests.relay.conftest import until
+from tests.relay.dialler import DiallingGpu
+from tests.relay.double_gpu import BASE, DoubleGpu, start_stream
 from tests.relay.processes import RelayProcess
 
+Frames = Callable[[bytes], AsyncIterator[str]]  # of a stream, to a request's body
 Way = Literal["http", "dialled"]  # how the relay gets to a gpu
 PATIENCE_S = 60.0  # on a busy machine; what is awaited comes in a fraction of it
 HEARTBEAT_S, LEASE_S = 1.0, 4.0
@@ -201,6 +210,43 @@ class World:
             logs = [f"--- {gpu.name}\n{gpu.log()[-2000:]}" for gpu in self.gpus.values()]
             raise AssertionError("\n".join(["it did not come", self.relay.log[-3000:], *logs])) from None
 
+    async def listed(self, name: str) -> dict[str, Any]:
+        """A gpu, as the page shows it."""
+        gpus = (await self.http.get("/api/gpus")).json()["data"]
+        found: dict[str, Any] = next(gpu for gpu in gpus if gpu["name"] == name)
+        return found
+
+    async def double(self, way: Way, say: Frames, cable: Cable | None = None) -> DoubleGpu:
+        """A gpu without a model, which says what the test wants; enrolled and reachable."""
+        relay_url, token = self.relay.url, self.relay.secret("enrol.token")
+        if way == "dialled":
+            dialling = DiallingGpu(relay_url, token, time.time, [BASE])
+
+            async def reply(request: Request, body: bytes) -> Response:
+                return Noted(dialling, say(body))
+
+            dialling.reply_with = reply
+            await self._stack.enter_async_context(dialling.dialling(cable.url if cable else relay_url))
+            await dialling.enrol_and_tell()
+            await dialling.until_reachable()
+            return dialling
+        gpu = DoubleGpu(relay_url, token, time.time, [BASE])
+
+        async def answer(request: web.Request, body: bytes) -> web.StreamResponse:
+            response = await start_stream(request)
+            async for frame in say(body):
+                await response.write(frame.encode())
+            return response
+
+        gpu.answer = answer
+        await self._stack.enter_async_context(gpu.serving())
+        if cable:
+            assert gpu.url
+            cable.leads_to("127.0.0.1", int(gpu.url.rpartition(":")[2]))
+        await gpu.enrol(url=cable.url if cable else None)
+        await gpu.until_reachable()
+        return gpu
+
     # --- what is left in the end ---
 
     @contextlib.contextmanager
@@ -216,10 +262,31 @@ class World:
         with self.database() as db:
             return [dict(row) for row in db.execute(query, values)]
 
-    def memory_bytes(self) -> int:
-        import psutil
+    def blob(self, sha256: str) -> Path:
+        return self.folder / "relay/blobs" / sha256[:2] / sha256
 
+    def memory_bytes(self) -> int:
         return int(psutil.Process(self.relay.process.pid).memory_info().rss)
+
+
+class Noted(StreamingResponse):
+    """Notes that nobody wanted the rest."""
+
+    def __init__(self, gpu: DoubleGpu, frames: AsyncIterator[str]) -> None:
+        super().__init__(self._until_the_end(frames), media_type="text/event-stream")
+        self._gpu, self._is_whole = gpu, False
+
+    async def _until_the_end(self, frames: AsyncIterator[str]) -> AsyncIterator[str]:
+        async for frame in frames:
+            yield frame
+        self._is_whole = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not self._is_whole:
+                self._gpu.left.set()
 
 
 @asynccontextmanager

@@ -61,8 +61,8 @@ def main() -> None:
     say(ready=True)
     asked = b""
     while True:
-        for ready in select.select([0, woken], [], [])[0]:
-            if ready is woken:
+        for ready in select.select([0, woken.fileno()], [], [])[0]:
+            if ready != 0:
                 woken.recv(4096)
                 reap()
                 continue
