@@ -7,12 +7,13 @@ TOUR ?= 1
 export PYTHON TORCH_INDEX DATA TOUR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo web web-check lint test test-long test-all bench-generate bench-link clean
+.PHONY: help setup demo web web-check lint test test-long test-all soak bench-generate bench-link clean
 
 help:
 	@echo "make demo      relay + gpu on this machine; fine-tunes a small Llama before your eyes (TOUR=0: only serve)"
 	@echo "make test      lint, types, unit and end-to-end tests"
 	@echo "make test-all  and the long ones"
+	@echo "make soak      ten minutes of callers that come, leave and err; memory must stay flat"
 	@echo "make bench-generate text generation, side by side with transformers serve"
 	@echo "make bench-link what dial-out adds to a request, against HTTP on loopback"
 	@echo "make web       only build the page, into web/dist"
@@ -47,6 +48,9 @@ test-long: setup
 	.venv/bin/python -m pytest -m long || test $$? -eq 5  # 5: none was collected
 
 test-all: test test-long
+
+soak: setup
+	SOAK_S=600 .venv/bin/python -m pytest -s -m long tests/gpu_service/test_soak.py
 
 bench-generate: setup
 	.venv/bin/python -m bench.generate

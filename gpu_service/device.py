@@ -122,8 +122,15 @@ def quick_vectors(rows: int, dtype: torch.dtype, device: torch.device) -> Iterat
         torch.backends.mkldnn.enabled = before
 
 
+def give_back(device: torch.device) -> None:
+    """What torch keeps of memory that nobody holds any more, so that another shape can have it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def translate(exc: BaseException) -> BaseException:
     """Out of memory as our own error; anything else as it came."""
-    if isinstance(exc, torch.OutOfMemoryError | MemoryError):
+    full = isinstance(exc, torch.OutOfMemoryError | MemoryError)
+    if full or (isinstance(exc, RuntimeError) and "can't allocate memory" in str(exc)):  # the CPU allocator's words
         return OutOfMemory("The device ran out of memory. Use a shorter prompt, a smaller batch or fewer layers.")
     return exc

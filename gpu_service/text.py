@@ -19,8 +19,8 @@ from gpu_service.artifacts import Adapter
 from gpu_service.cache import Pool, RowCache, Slot, class_tokens
 from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
-from gpu_service.device import quick_vectors, translate
-from gpu_service.errors import GpuError, NotFinite
+from gpu_service.device import give_back, quick_vectors, translate
+from gpu_service.errors import GpuError, NotFinite, OutOfMemory
 from gpu_service.quantize import Quantized
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
@@ -347,9 +347,13 @@ class Engine:
     def _fail(self, requests: list[Request], exc: BaseException) -> None:
         if not isinstance(exc, GpuError):
             log.error("text rows failed", exc_info=exc)
+        told = translate(exc)
         for request in requests:
-            request.send(translate(exc))
+            request.send(told)
             self._admission.done(request)
+        if isinstance(told, OutOfMemory):  # the estimates were too hopeful: what is kept for later turns goes first
+            self._reuse.shrink(0)
+            give_back(self._device)
 
 
 def _rows(requests: list[Request]) -> Rows:
