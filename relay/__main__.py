@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 from sqlalchemy import select
@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import frames
 from relay import errors, settings, tables
-from relay.accounts import Accounts
+from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
 from relay.settings import Settings
 from relay.store import Store
@@ -107,16 +107,29 @@ def _listen(config: Settings) -> socket.socket:
 
 
 async def _create_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:
-    key_id, key = await accounts.create_key(args.user)
+    expires_at = time.time() + args.expires_days * 24 * 3600 if args.expires_days else None
+    scopes = tuple(scope for scope in SCOPES if scope in args.scopes)
+    rules = Rules(scopes, expires_at, args.requests_per_minute)
+    key_id, key = await accounts.create_key(args.user, args.name, rules)
     print(f"{key_id} for user '{args.user}', shown this once:\n{key}")
 
 
 async def _list_keys(accounts: Accounts, _: Store, __: argparse.Namespace) -> None:
     rows = [
-        (k.id, k.user, k.prefix + "...", _when(k.created_at), _when(k.last_used_at), _when(k.revoked_at))
+        (
+            k.id,
+            k.user,
+            k.prefix + "...",
+            ",".join(k.rules.scopes),
+            k.rules.requests_per_minute or "-",
+            _when(k.created_at),
+            _when(k.last_used_at),
+            _when(k.rules.expires_at),
+            _when(k.revoked_at),
+        )
         for k in await accounts.list_keys()
     ]
-    _table(("id", "user", "key", "made", "last used", "revoked"), rows)
+    _table(("id", "user", "key", "scopes", "a minute", "made", "last used", "expires", "revoked"), rows)
 
 
 async def _revoke_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:
@@ -170,6 +183,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+N = TypeVar("N", int, float)
 Command = Callable[[Accounts, Store, argparse.Namespace], Coroutine[Any, Any, None]]
 
 
@@ -191,6 +205,19 @@ def _complain(line: str) -> int:
     return 2
 
 
+def _positive(number: type[N]) -> Callable[[str], N]:
+    def read(text: str) -> N:
+        try:
+            value = number(text)
+        except ValueError:
+            value = number(0)
+        if not 0 < value <= 1_000_000:
+            raise argparse.ArgumentTypeError(f"'{text}' is no number above 0 and up to 1,000,000")
+        return value
+
+    return read
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m relay", description="The relay of I'm Fine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -198,6 +225,10 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="WHAT")
     create = keys.add_parser("create", help="make a key, and the user if there is none")
     create.add_argument("--user", required=True)
+    create.add_argument("--name", help="what it is for")
+    create.add_argument("--scopes", nargs="+", choices=SCOPES, default=SCOPES, help="what it may do; all by default")
+    create.add_argument("--expires-days", type=_positive(float))
+    create.add_argument("--requests-per-minute", type=_positive(int))
     create.set_defaults(command=_create_key)
     keys.add_parser("list", help="every key").set_defaults(command=_list_keys)
     revoke = keys.add_parser("revoke", help="a key stops working within a second")

@@ -11,7 +11,9 @@ import hashlib
 import logging
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay import errors
 from relay.store import Clock, Store
-from relay.tables import keys, users
+from relay.tables import key_rules, keys, users
 
 log = logging.getLogger("relay.accounts")
 
@@ -31,10 +33,28 @@ LAST_USED_EVERY_S = 60.0  # nobody needs it more exactly
 REMEMBERED_S = 1.0  # how long a key counts as good without another look
 MOST_REMEMBERED = 10_000  # keys
 FOLD_EVERY_S = 5.0
+RULES = (key_rules.c.scopes, key_rules.c.expires_at, key_rules.c.requests_per_minute)
 WHERE_KEYS_COME_FROM = (
     "send 'Authorization: Bearer sk-fine-...'. The key of admin lies in admin.key in the relay's data folder; "
     "'python -m relay keys create --user NAME' makes others"
 )
+
+
+Scope = Literal["generate", "train", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = ("generate", "train", "admin")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a key may do. Without limits it may do all that its user may."""
+
+    scopes: Collection[Scope] = SCOPES
+    expires_at: float | None = None
+    requests_per_minute: int | None = None
+
+    @property
+    def limited(self) -> bool:
+        return self != Rules()
 
 
 @dataclass(frozen=True)
@@ -42,10 +62,17 @@ class User:
     id: str
     name: str
     key_id: str  # of the key that they came with
+    rules: Rules = Rules()  # of that key
 
     @property
     def is_admin(self) -> bool:
-        return self.name == ADMIN
+        return self.name == ADMIN and "admin" in self.rules.scopes
+
+    def need(self, scope: Scope) -> None:
+        """Raises MissingScope."""
+        if scope not in self.rules.scopes:
+            has = ", ".join(self.rules.scopes)
+            raise errors.MissingScope(f"this takes a key with the scope '{scope}'; this one has: {has}", param=scope)
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,7 @@ class Key:
     created_at: float
     last_used_at: float | None
     revoked_at: float | None
+    rules: Rules
 
 
 @dataclass
@@ -90,10 +118,16 @@ class Accounts:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise errors.InvalidKey(f"no API key: {WHERE_KEYS_COME_FROM}")
-        sha256, now = _sha256(key.strip()), self._clock()
+        return await self.user_of_hash(_sha256(key.strip()))
+
+    async def user_of_hash(self, sha256: str) -> User:
+        """Whose key has this hash. Raises InvalidKey."""
+        now = self._clock()
         held = self._remembered.get(sha256)
         if held is None or not 0 <= now - held.looked_at < REMEMBERED_S:  # a clock that was set back proves nothing
             held = await self._look_up(sha256, now)
+        if (ends := held.user.rules.expires_at) is not None and ends <= now:
+            raise errors.InvalidKey("this API key has expired: make another on the page, or by 'keys create'")
         if held.last_used_at < now - LAST_USED_EVERY_S:
             held.last_used_at = self._used[held.user.key_id] = now
         return held.user
@@ -101,8 +135,9 @@ class Accounts:
     async def _look_up(self, sha256: str, now: float) -> "_Remembered":
         # By its hash: how long that takes says nothing about the key.
         query = (
-            select(users.c.id, users.c.name, keys.c.id.label("key_id"), keys.c.last_used_at)
+            select(users.c.id, users.c.name, keys.c.id.label("key_id"), keys.c.last_used_at, *RULES)
             .join(keys, keys.c.owner == users.c.id)
+            .outerjoin(key_rules, key_rules.c.key_id == keys.c.id)
             .where(keys.c.sha256 == sha256, keys.c.revoked_at.is_(None))
         )
         changes = self._changes
@@ -112,7 +147,7 @@ class Accounts:
             self._remembered.pop(sha256, None)
             raise errors.InvalidKey(f"this API key is wrong or revoked: {WHERE_KEYS_COME_FROM}")
         used_at = max(row.last_used_at or 0.0, self._used.get(row.key_id, 0.0))
-        held = _Remembered(User(row.id, row.name, row.key_id), now, used_at)
+        held = _Remembered(User(row.id, row.name, row.key_id, _rules(row)), now, used_at)
         if changes == self._changes:
             if len(self._remembered) >= MOST_REMEMBERED:
                 self._remembered.clear()
@@ -145,7 +180,7 @@ class Accounts:
             await asyncio.sleep(FOLD_EVERY_S)
             await self.fold()
 
-    async def create_key(self, user: str, name: str | None = None) -> tuple[str, str]:
+    async def create_key(self, user: str, name: str | None = None, rules: Rules | None = None) -> tuple[str, str]:
         """Its id and the key. Makes the user if there is none. Raises InvalidRequest for a name that can't be."""
         if not re.fullmatch(r"[\w.@-]{1,100}", user):
             raise errors.InvalidRequest("a user's name is 1 to 100 letters, digits, '.', '_', '-' or '@'", param="user")
@@ -154,15 +189,23 @@ class Accounts:
             owner = await self._user_id(db, user)
             row = {"id": key_id, "owner": owner, "sha256": _sha256(key), "prefix": key[:SHOWN_CHARS]}
             await db.execute(insert(keys).values(**row, name=name, created_at=self._clock()))
+            if rules and rules.limited:
+                limits = {"expires_at": rules.expires_at, "requests_per_minute": rules.requests_per_minute}
+                await db.execute(insert(key_rules).values(key_id=key_id, scopes=list(rules.scopes), **limits))
         return key_id, key
 
     async def list_keys(self) -> list[Key]:
         query = (
-            select(keys, users.c.name.label("user")).join(users, keys.c.owner == users.c.id).order_by(keys.c.created_at)
+            select(keys, users.c.name.label("user"), *RULES)
+            .join(users, keys.c.owner == users.c.id)
+            .outerjoin(key_rules, key_rules.c.key_id == keys.c.id)
+            .order_by(keys.c.created_at)
         )
         async with self._store.read() as db:
             rows = await db.execute(query)
-        return [Key(r.id, r.user, r.name, r.prefix, r.created_at, r.last_used_at, r.revoked_at) for r in rows]
+        return [
+            Key(r.id, r.user, r.name, r.prefix, r.created_at, r.last_used_at, r.revoked_at, _rules(r)) for r in rows
+        ]
 
     async def revoke(self, key_id: str) -> None:
         """At once here, within REMEMBERED_S in other processes. Raises NotFound, and InvalidRequest for the admin's."""
@@ -181,6 +224,10 @@ class Accounts:
             found = f"user-{secrets.token_hex(8)}"
             await db.execute(insert(users).values(id=found, name=name, created_at=self._clock()))
         return found
+
+
+def _rules(row: Any) -> Rules:
+    return Rules() if row.scopes is None else Rules(tuple(row.scopes), row.expires_at, row.requests_per_minute)
 
 
 def _sha256(key: str) -> str:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from relay import errors, shapes
-from relay.accounts import User
+from relay.accounts import Scope, User
 from relay.blobs import Blobs
 from relay.bodies import Form, parse, parse_object, read_body, string_field
 from relay.dispatcher import Dispatcher
@@ -20,6 +20,7 @@ from relay.files import PURPOSE, Files, file_ref
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs, NewJob
+from relay.limits import Limits
 from relay.models import Model, Models
 from relay.proxy import Ask, Proxy
 from relay.sessions import Sessions
@@ -37,6 +38,7 @@ class OpenAIApi:
     """The routes' parts, and what several of them begin with."""
 
     sessions: Sessions
+    limits: Limits
     gpus: Gpus
     jobs: Jobs
     files: Files
@@ -47,9 +49,14 @@ class OpenAIApi:
     dispatcher: Dispatcher
     settings: Settings
 
-    async def user(self, request: Request) -> User:
-        """Raises InvalidKey, Forbidden."""
-        return await self.sessions.caller(request.headers)
+    async def user(self, request: Request, scope: Scope | None = None) -> User:
+        """Counts as one request. Raises InvalidKey, Forbidden, MissingScope, RateLimited."""
+        user = await self.sessions.caller(request.headers)
+        left = self.limits.take(user)
+        request.state.headers = [(name.encode(), value.encode()) for name, value in left.items()]
+        if scope:
+            user.need(scope)
+        return user
 
     async def forward(self, request: Request, user: User, model: Model, target: str, body: bytes = b"") -> Response:
         headers = {"x-request-id": request.state.request_id}
@@ -61,7 +68,7 @@ class OpenAIApi:
 
     async def generate(self, request: Request) -> Response:
         """Raises InvalidKey, TooLarge, InvalidRequest, ModelNotFound; the gpu judges the rest of the body."""
-        user = await self.user(request)
+        user = await self.user(request, "generate")
         body = await read_body(request, self.settings.max_body_bytes)
         fields = parse_object(body)
         model = await self.models.resolve(user.id, string_field(fields, "model"))
@@ -120,13 +127,13 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
 
     @routes.delete("/models/{model_id:path}")
     async def delete_model(model_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         await api.models.delete(user.id, model_id)
         return JSONResponse({"id": model_id, "object": "model", "deleted": True})
 
     @routes.post("/layers/preview")
     async def preview(request: Request) -> Response:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         body = await read_body(request, api.settings.max_body_bytes)
         fields = parse_object(body)
         model = await api.models.resolve(user.id, string_field(fields, "model"))
@@ -138,7 +145,7 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
 def _files(routes: APIRouter, api: OpenAIApi) -> None:
     @routes.post("/files")
     async def upload(request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         limit_bytes = api.settings.max_upload_bytes
         if int(request.headers.get("content-length") or 0) > limit_bytes + FORM_OVERHEAD_BYTES:
             raise errors.TooLarge(f"larger than {limit_bytes:,} bytes, which is the limit here: send less")
@@ -163,18 +170,18 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 100,
         order: Literal["asc", "desc"] = "desc",
     ) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         rows, more = await api.files.page(user.id, purpose, after, limit, order == "desc")
         return JSONResponse(shapes.page(shapes.file, rows, more))
 
     @routes.get("/files/{file_id}")
     async def get_file(file_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         return JSONResponse(shapes.file(await api.files.get(user.id, file_id)))
 
     @routes.get("/files/{file_id}/content")
     async def file_content(file_id: str, request: Request) -> StreamingResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         row = await api.files.get(user.id, file_id)
         headers = {
             "content-length": str(row.bytes),
@@ -184,7 +191,7 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
 
     @routes.delete("/files/{file_id}")
     async def delete_file(file_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         await api.files.delete(user.id, file_id)
         return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
@@ -193,7 +200,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
     @routes.post("/fine_tuning/jobs")
     async def create_job(request: Request) -> Response:
         """Bad layers fail here if a gpu can be asked, and else when the job starts."""
-        user = await api.user(request)
+        user = await api.user(request, "train")
         body = parse_object(await read_body(request, api.settings.max_body_bytes))
         asked = parse(shapes.JobRequest, body)
         model = await api.models.resolve(user.id, asked.model)
@@ -227,25 +234,25 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
 
     @routes.get("/fine_tuning/jobs")
     async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         rows, more = await api.jobs.page(user.id, after, limit)
         return JSONResponse(shapes.page(shapes.job, rows, more))
 
     @routes.get("/fine_tuning/jobs/{job_id}")
     async def get_job(job_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         return JSONResponse(shapes.job(await api.jobs.get(user.id, job_id)))
 
     @routes.get("/fine_tuning/jobs/{job_id}/events")
     async def job_events(job_id: str, request: Request, after: str | None = None, limit: Limit = 20) -> JSONResponse:
         """The newest first."""
-        user = await api.user(request)
+        user = await api.user(request, "train")
         rows, more = await api.jobs.events(user.id, job_id, shapes.event_number(after), limit)
         return JSONResponse(shapes.page(shapes.event, rows, more))
 
     @routes.post("/fine_tuning/jobs/{job_id}/cancel")
     async def cancel_job(job_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "train")
         job, gpu_id = await api.jobs.cancel(user.id, job_id)
         api.dispatcher.ring(gpu_id)
         api.dispatcher.wake()

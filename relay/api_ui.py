@@ -14,16 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from relay import errors, shapes
-from relay.accounts import ADMIN_KEY_ID, Accounts, Key, User
+from relay.accounts import ADMIN_KEY_ID, SCOPES, Accounts, Key, Rules, Scope, User
 from relay.bodies import parse, parse_object, read_body, string_field
 from relay.generations import Generation, Generations
 from relay.gpus import Gpus
 from relay.jobs import Jobs
+from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
 from relay.proxy import Ask
 from relay.sessions import COOKIE, SESSION_S, Sessions, check_same_site
 from relay.settings import Settings
+from relay.store import Clock
 from relay.streams import DONE, EventStream
 
 PLAIN_PAGE = Path(__file__).with_name("page.html")
@@ -31,6 +33,7 @@ NOTEBOOK = Path(__file__).parent.parent / "colab_server.ipynb"
 PLAIN_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 LOOK_EVERY_S = 0.5  # at a job that somebody watches
 EVENTS_AT_ONCE = 500
+MOST_KEY_S = 10 * 365 * 24 * 3600.0
 TARGETS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 
 
@@ -45,6 +48,9 @@ class SignIn(_Asked):
 class NewKey(_Asked):
     name: str | None = Field(default=None, max_length=100)
     user: str | None = Field(default=None, max_length=100)  # the admin may make keys for others
+    scopes: tuple[Scope, ...] = Field(default=SCOPES, min_length=1, max_length=len(SCOPES))
+    expires_in_s: float | None = Field(default=None, gt=0, le=MOST_KEY_S)
+    requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
 class NewGeneration(_Asked):
@@ -57,6 +63,7 @@ class UiApi:
     """The routes' parts."""
 
     sessions: Sessions
+    limits: Limits
     accounts: Accounts
     gpus: Gpus
     jobs: Jobs
@@ -65,10 +72,14 @@ class UiApi:
     page: Page
     settings: Settings
     stopping: asyncio.Event
+    clock: Clock
 
-    async def user(self, request: Request) -> User:
-        """Raises InvalidKey, Forbidden."""
-        return await self.sessions.caller(request.headers)
+    async def user(self, request: Request, scope: Scope | None = None) -> User:
+        """Raises InvalidKey, Forbidden, MissingScope."""
+        user = await self.sessions.caller(request.headers)
+        if scope:
+            user.need(scope)
+        return user
 
     async def object(self, request: Request) -> dict[str, Any]:
         return parse_object(await read_body(request, self.settings.max_body_bytes))
@@ -124,7 +135,7 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/keys")
     async def list_keys(request: Request) -> JSONResponse:
         """One's own; the admin sees everybody's."""
-        user = await api.user(request)
+        user = await api.user(request, "admin")
         data = [
             {
                 "id": key.id,
@@ -135,6 +146,9 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
                 "last_used_at": key.last_used_at,
                 "current": key.id == user.key_id,
                 "fixed": key.id == ADMIN_KEY_ID,
+                "scopes": list(key.rules.scopes),
+                "expires_at": key.rules.expires_at,
+                "requests_per_minute": key.rules.requests_per_minute,
             }
             for key in await visible(user)
         ]
@@ -143,16 +157,21 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
     @routes.post("/keys")
     async def create_key(request: Request) -> JSONResponse:
         """The key is in this answer and nowhere else."""
-        user = await api.user(request)
+        user = await api.user(request, "admin")
+        if user.rules.limited:  # or it could make itself one without
+            raise errors.Forbidden("a key with limits makes no other keys: sign in with one that has none")
         asked = parse(NewKey, await api.object(request))
         if asked.user not in (None, user.name) and not user.is_admin:
             raise errors.Forbidden("only the admin makes keys for others", param="user")
-        key_id, key = await api.accounts.create_key(asked.user or user.name, asked.name or None)
+        expires_at = api.clock() + asked.expires_in_s if asked.expires_in_s else None
+        scopes = tuple(scope for scope in SCOPES if scope in asked.scopes)
+        rules = Rules(scopes, expires_at, asked.requests_per_minute)
+        key_id, key = await api.accounts.create_key(asked.user or user.name, asked.name or None, rules)
         return JSONResponse({"id": key_id, "key": key})
 
     @routes.delete("/keys/{key_id}")
     async def revoke_key(key_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "admin")
         if key_id not in {key.id for key in await visible(user)}:
             raise errors.NotFound(f"no key '{key_id[:50]}'")
         await api.accounts.revoke(key_id)
@@ -200,7 +219,7 @@ def _jobs(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/jobs/{job_id}/stream")
     async def stream(job_id: str, request: Request) -> Response:
         """`event: job` whenever the job has changed; its events with their numbers as ids. Ends with [DONE]."""
-        user = await api.user(request)
+        user = await api.user(request, "train")
         after = _last_event_id(request)
         await api.jobs.get(user.id, job_id)
         return EventStream(_watch(api.jobs, user.id, job_id, after), api.stopping)
@@ -229,7 +248,8 @@ def _generations(routes: APIRouter, api: UiApi) -> None:
     @routes.post("/generations")
     async def start(request: Request) -> Response:
         """Waits for a gpu as long as it takes; tells the place in the line, then passes the gpu's own frames on."""
-        user = await api.user(request)
+        user = await api.user(request, "generate")
+        api.limits.take(user)
         asked = parse(NewGeneration, await api.object(request))
         model = await api.models.resolve(user.id, string_field(asked.body, "model"))
         headers = {"content-type": "application/json", "x-request-id": request.state.request_id}
@@ -242,12 +262,12 @@ def _generations(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/generations/{generation_id}")
     async def again(generation_id: str, request: Request) -> Response:
         """After a cut: everything past Last-Event-ID."""
-        user = await api.user(request)
+        user = await api.user(request, "generate")
         return api.stream(api.generations.get(user.id, generation_id), _last_event_id(request))
 
     @routes.delete("/generations/{generation_id}")
     async def stop(generation_id: str, request: Request) -> JSONResponse:
-        user = await api.user(request)
+        user = await api.user(request, "generate")
         api.generations.stop(api.generations.get(user.id, generation_id))
         return JSONResponse({"id": generation_id, "deleted": True})
 

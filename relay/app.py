@@ -30,6 +30,7 @@ from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs
 from relay.leases import Leases
+from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
 from relay.proxy import Proxy
@@ -70,7 +71,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping)
     proxy = Proxy(gpus, client, stopping)
-    sessions = Sessions(store, accounts, clock)
+    sessions, limits = Sessions(store, accounts, clock), Limits(clock)
     generations = Generations(proxy, gpus)
     page = Page(settings.page_dir)
 
@@ -106,14 +107,18 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.state.page = page
     app.include_router(
         api_openai.router(
-            api_openai.OpenAIApi(sessions, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings)
+            api_openai.OpenAIApi(
+                sessions, limits, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings
+            )
         )
     )
     app.include_router(
         api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock, dialout))
     )
     app.include_router(
-        api_ui.router(api_ui.UiApi(sessions, accounts, gpus, jobs, models, generations, page, settings, stopping))
+        api_ui.router(
+            api_ui.UiApi(sessions, limits, accounts, gpus, jobs, models, generations, page, settings, stopping, clock)
+        )
     )
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
@@ -166,7 +171,8 @@ class RequestLine:
         began, status = time.monotonic(), 0
         request_id = f"req-{secrets.token_hex(8)}"
         path = scope["raw_path"].decode("ascii", "replace")[:200]  # still escaped: it can't forge a line of the log
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
 
         async def send_named(message: Message) -> None:
             nonlocal status, request_id
@@ -174,7 +180,8 @@ class RequestLine:
                 status = message["status"]
                 given = dict(message.get("headers", ())).get(b"x-request-id")
                 own = () if given else ((b"x-request-id", request_id.encode()),)
-                message = {**message, "headers": [*message.get("headers", ()), *own, *HEADERS]}
+                left = state.get("headers", ())  # of the caller's limits, where there are any
+                message = {**message, "headers": [*message.get("headers", ()), *own, *HEADERS, *left]}
             await send(message)
 
         try:

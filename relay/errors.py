@@ -9,12 +9,14 @@ RelayError
 ├── BadSignature          401  a gpu's request that is not signed as it must be
 ├── UnknownGpu            401  a gpu or epoch that we do not know: enrol again
 ├── Forbidden             403  signed in, and still not allowed
+│   └── MissingScope           the key is not for this
 ├── NotFound              404  no such thing, or it belongs to somebody else
 │   └── ModelNotFound          names those that exist
 ├── LeaseLost             409  a gpu wrote about a job that is not its any more: stop
 ├── JobOver               409  a job that has ended can't be cancelled
 ├── TooLarge              413  a body over its limit
 ├── TooMany               429  more at once than one user may have
+│   └── RateLimited            more a minute than this key may have
 └── Unavailable           503  try again later
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
@@ -88,6 +90,10 @@ class Forbidden(RelayError):
     code = "forbidden"
 
 
+class MissingScope(Forbidden):
+    code = "missing_scope"
+
+
 class NotFound(RelayError):
     status = 404
     type = "invalid_request_error"
@@ -119,7 +125,15 @@ class TooMany(RelayError):
     status = 429
     type = "rate_limit_error"
     code = "too_many"
-    headers = {"retry-after": str(RETRY_AFTER_S)}  # noqa: RUF012
+    headers: Mapping[str, str] = {"retry-after": str(RETRY_AFTER_S)}
+
+
+class RateLimited(TooMany):
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.headers = headers
 
 
 class Unavailable(RelayError):

@@ -44,6 +44,15 @@ keys = Table(
     Column("revoked_at", Float),
 )
 
+key_rules = Table(
+    "key_rules",  # what a key may do less than its user; a key without a row has no limits
+    metadata,
+    Column("key_id", ForeignKey("keys.id", ondelete="CASCADE"), primary_key=True),
+    Column("scopes", JSON, nullable=False),
+    Column("expires_at", Float),
+    Column("requests_per_minute", Integer),
+)
+
 sessions = Table(
     "sessions",  # of the page: a cookie in place of a key
     metadata,
