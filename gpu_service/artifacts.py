@@ -286,6 +286,15 @@ class BlobCache:
             self._arrived(ref.sha256)
         return ref
 
+    def put(self, content: bytes | memoryview) -> str:
+        """Write a blob that is at hand. Returns its hash."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        if self.path(sha256) is None:
+            with atomic_file(self._folder / sha256) as file:
+                file.write(content)
+            self._arrived(sha256)
+        return sha256
+
     def _arrived(self, sha256: str) -> None:
         self._checked.add(sha256)
         blobs = sorted((p for p in self._folder.iterdir() if p.suffix != PART), key=lambda p: p.stat().st_mtime_ns)

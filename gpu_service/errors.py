@@ -15,6 +15,7 @@
     ├── RelayUnavailable      503   an adapter has to be fetched and the relay does not answer
     ├── BadAdapter            502   an adapter's files are damaged, or made for another model
     ├── BadBlob               502   what was fetched is not what its hash promised
+    ├── BadCheckpoint         502   damaged, or another job's: the one before it is used
     ├── OutOfMemory           503
     └── Stopping              503
 
@@ -118,6 +119,11 @@ class BadAdapter(GpuError):
 
 class BadBlob(GpuError):
     status, type, code = 502, "server_error", "bad_blob"
+    retry = True
+
+
+class BadCheckpoint(GpuError):
+    status, type, code = 502, "server_error", "bad_checkpoint"
     retry = True
 
 

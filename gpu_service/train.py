@@ -99,6 +99,19 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class State:
+    """A run between two optimizer steps, copied to the CPU: all that `run` needs to go on from there, plan apart."""
+
+    step: int  # optimizer steps done; with the seed it says which rows come next
+    tokens: int
+    validations: int  # run so far: one is due after each epoch, and may still be when `step` is at its end
+    train_loss: float | None
+    valid_loss: float | None
+    scaler: dict[str, float]  # of the gradients; empty without one
+    tensors: dict[str, Tensor]  # weights, moments and optimizer steps of what is trained, and the random states
+
+
+@dataclass(frozen=True)
 class Trained:
     """On the CPU, in fp32."""
 
@@ -164,55 +177,89 @@ def micro_rows(
     return max(1, min(batch, by_time, by_memory))
 
 
-def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Progress | Trained]:
+def run(
+    job: Job,
+    base: Base,
+    decoder: Decoder,
+    device: Device,
+    *,
+    start: State | None = None,
+    wanted: Callable[[], bool] = lambda: False,
+) -> Iterator[Progress | State | Trained]:
     """Train, one micro-batch per `next`; the last thing yielded is what came of it.
 
-    Raises Diverged when the loss is no longer a number.
+    From `start` it goes on as if it had never stopped: on the same kind of device and in the same precision bit for
+    bit. Between two optimizer steps, and between the slices of a validation, `wanted` is asked; where it says yes the
+    state follows. Raises Diverged when the loss is no longer a number.
     """
     torch.manual_seed(job.seed)
     plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
     full, lora = trainable(job.selection, base, job.seed)
-    parameters = [*full.values(), *(p for pair in lora.values() for p in (pair.a, pair.b))]
+    named = _named(full, lora)
+    parameters = list(named.values())
     rows = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora], dropout=True)
+    judged = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora])  # no dropout: as it is served
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
-    step = tokens = 0
+    step = tokens = validations = 0
+    order: list[int] = []
+    train_loss: float | None = None
+    valid_loss: float | None = None
+    if start:
+        _restore(start, named, optimizer, scaler)
+        step, tokens, validations = start.step, start.tokens, start.validations
+        train_loss, valid_loss = start.train_loss, start.valid_loss
 
-    for epoch in range(plan.n_epochs):
-        order = epoch_order(len(store), job.seed, epoch)
-        for batch_rows in _cut(order, plan.batch_rows):
-            batches = [store.batch(rows_of_slice, pad_id=0) for rows_of_slice in _cut(batch_rows, plan.micro_rows)]
-            # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
-            learned = sum(int(batch.learn.sum()) for batch in batches)
+    def state() -> State:
+        tensors = _captured(named, optimizer)
+        return State(step, tokens, validations, train_loss, valid_loss, scaler.state_dict(), tensors)
+
+    while True:
+        epoch, index_in_epoch = divmod(step, plan.steps_per_epoch)
+        if job.validation and validations < epoch:
             total_loss = 0.0
-            for index, batch in enumerate(batches):
-                loss = summed_loss(decoder, rows, batch, lowest, device) / learned
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                total_loss += loss.item()
-                tokens += int(batch.lengths.sum())
-                if index + 1 < len(batches):
-                    yield Progress(step, tokens)
-            if not math.isfinite(total_loss):
-                raise _diverged(total_loss, step + 1, plan)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step)
-            scaler.unscale_(optimizer)
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            yield Progress(step, tokens, total_loss, norm, plan.rate(step - 1))
-        if job.validation:
-            valid_loss = 0.0
             for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
                 with torch.no_grad():
-                    loss = summed_loss(decoder, rows, job.validation.batch(micro, pad_id=0), lowest, device)
-                valid_loss += loss.item() / job.validation.report.learned_tokens
+                    loss = summed_loss(decoder, judged, job.validation.batch(micro, pad_id=0), lowest, device)
+                total_loss += loss.item() / job.validation.report.learned_tokens
                 yield Progress(step, tokens)
-            if not math.isfinite(valid_loss):
-                raise _diverged(valid_loss, step, plan)
+                if wanted():
+                    yield state()  # as before the validation, which is then run as a whole
+            if not math.isfinite(total_loss):
+                raise _diverged(total_loss, step, plan)
+            valid_loss, validations = total_loss, epoch
             yield Progress(step, tokens, valid_loss=valid_loss)
+            if wanted():
+                yield state()
+        if step == plan.total_steps:
+            break
+        if index_in_epoch == 0 or not order:
+            order = epoch_order(len(store), job.seed, epoch)
+        batch_rows = order[index_in_epoch * plan.batch_rows :][: plan.batch_rows]
+        batches = [store.batch(rows_of_slice, pad_id=0) for rows_of_slice in _cut(batch_rows, plan.micro_rows)]
+        # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
+        learned = sum(int(batch.learn.sum()) for batch in batches)
+        total_loss = 0.0
+        for index, batch in enumerate(batches):
+            loss = summed_loss(decoder, rows, batch, lowest, device) / learned
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total_loss += loss.item()
+            tokens += int(batch.lengths.sum())
+            if index + 1 < len(batches):
+                yield Progress(step, tokens)
+        if not math.isfinite(total_loss):
+            raise _diverged(total_loss, step + 1, plan)
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate(step)
+        scaler.unscale_(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step, train_loss = step + 1, total_loss
+        yield Progress(step, tokens, total_loss, norm, plan.rate(step - 1))
+        if wanted():
+            yield state()
 
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         raise _diverged(float("nan"), step, plan)
@@ -221,6 +268,68 @@ def run(job: Job, base: Base, decoder: Decoder, device: Device) -> Iterator[Prog
         {name: Lora(pair.a.detach().cpu(), pair.b.detach().cpu(), pair.scale) for name, pair in lora.items()},
         tokens,
     )
+
+
+WEIGHT, FIRST, SECOND, COUNT = "weight", "first_moment", "second_moment", "steps"
+_ADAM = {FIRST: "exp_avg", SECOND: "exp_avg_sq", COUNT: "step"}
+CPU_RANDOM, CUDA_RANDOM = "random.cpu", "random.cuda"
+
+
+def _named(full: dict[str, Tensor], lora: dict[str, Lora]) -> dict[str, Tensor]:
+    """What is trained, each tensor under a name of its own, in the order that the optimizer has them."""
+    pairs = {f"{name}:{side}": tensor for name, x in lora.items() for side, tensor in (("a", x.a), ("b", x.b))}
+    return {**full, **pairs}
+
+
+def state_shapes(selection: Selection) -> dict[str, tuple[int, ...]]:
+    """Key -> shape, of the numbers in a State of this selection; the random states are left out."""
+    shapes: dict[str, tuple[int, ...]] = {t.name: tuple(t.shape) for t in selection.full}
+    for target in selection.lora:
+        out_features, in_features = target.tensor.shape
+        shapes[f"{target.tensor.name}:a"] = (target.rank, in_features)
+        shapes[f"{target.tensor.name}:b"] = (out_features, target.rank)
+    kinds = (WEIGHT, FIRST, SECOND)
+    return {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in kinds} | {
+        f"{COUNT}.{name}": () for name in shapes
+    }
+
+
+def _captured(named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Copies on the CPU. A parameter that no step has moved yet has moments of zero, as AdamW would begin with."""
+    tensors = {CPU_RANDOM: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()
+    for name, parameter in named.items():
+        tensors[f"{WEIGHT}.{name}"] = _copy(parameter)
+        moments = optimizer.state.get(parameter) or {}
+        for kind, key in _ADAM.items():
+            empty = torch.zeros(()) if kind == COUNT else torch.zeros(parameter.shape)
+            tensors[f"{kind}.{name}"] = _copy(moments[key]) if key in moments else empty
+    return tensors
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+@torch.no_grad()
+def _restore(
+    start: State, named: dict[str, Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Into the memory that a new run has anyway: the layout of a tensor may decide how it is rounded."""
+    for name, parameter in named.items():
+        parameter.copy_(start.tensors[f"{WEIGHT}.{name}"])
+        first, second = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
+        optimizer.state[parameter] = {
+            "step": start.tensors[f"{COUNT}.{name}"].clone().to(parameter.device),
+            "exp_avg": first.copy_(start.tensors[f"{FIRST}.{name}"]),
+            "exp_avg_sq": second.copy_(start.tensors[f"{SECOND}.{name}"]),
+        }
+    if start.scaler:
+        scaler.load_state_dict(start.scaler)
+    torch.set_rng_state(start.tensors[CPU_RANDOM])
+    if torch.cuda.is_available() and CUDA_RANDOM in start.tensors:
+        torch.cuda.set_rng_state(start.tensors[CUDA_RANDOM])
 
 
 def _diverged(loss: float, step: int, plan: Plan) -> Diverged:

@@ -40,6 +40,7 @@ PREFILL_CHUNK_TOKENS_GPU = 2048
 PROBE_TOKENS = 64  # of the pass that measures how fast a model runs here
 
 T = TypeVar("T")
+Report = train.Progress | train.State | train.Trained  # what a run says after a slice
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,11 @@ def _unless_closed() -> Iterator[None]:
 class Training:
     """A run under way, with random state of its own."""
 
-    def __init__(self, job: train.Job, stream: Stream[train.Progress | train.Trained]) -> None:
-        self.job, self.stream = job, stream
-        self.steps: Iterator[train.Progress | train.Trained] | None = None
+    def __init__(
+        self, job: train.Job, stream: Stream[Report], start: train.State | None, wanted: Callable[[], bool]
+    ) -> None:
+        self.job, self.stream, self.start, self.wanted = job, stream, start, wanted
+        self.steps: Iterator[Report] | None = None
         self._random: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     @contextmanager
@@ -188,10 +191,15 @@ class Worker:
             stream.closed = True
             self._active -= 1
 
-    async def train(self, job: train.Job) -> AsyncIterator[train.Progress | train.Trained]:
-        """Progress after each slice, then what was trained. Whoever stops reading stops the run after its slice."""
-        stream: Stream[train.Progress | train.Trained] = Stream(lambda item: isinstance(item, train.Trained))
-        self._post(lambda: self._trainings.append(Training(job, stream)))
+    async def train(
+        self, job: train.Job, *, start: train.State | None = None, wanted: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[Report]:
+        """Progress after each slice, then what was trained. Whoever stops reading stops the run after its slice.
+
+        `start` is where to go on from. `wanted` is asked on the device thread at each step: True has the state follow.
+        """
+        stream: Stream[Report] = Stream(lambda item: isinstance(item, train.Trained))
+        self._post(lambda: self._trainings.append(Training(job, stream, start, wanted)))
         try:
             async for item in stream.read():
                 yield item
@@ -283,7 +291,7 @@ class Worker:
             stream.send(translate(exc))
 
     def _slice(self, training: Training) -> None:
-        item: train.Progress | train.Trained | BaseException
+        item: Report | BaseException
         try:
             if training.stream.closed:
                 raise StopIteration
@@ -292,7 +300,10 @@ class Worker:
                     source = training.job.source
                     decoder = self._serve(self._models.load(source.id)).decoder
                     base = self._models.load(source.id, training.job.selection.quantize)
-                    training.steps = train.run(training.job, base, decoder, self._device)
+                    training.steps = train.run(
+                        training.job, base, decoder, self._device, start=training.start, wanted=training.wanted
+                    )
+                    training.start = None  # it has been copied
                 item = next(training.steps)
         except StopIteration:
             self._trainings.remove(training)

@@ -33,7 +33,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["app", "tunnel", "dialout", "job", "link"],
         ["bodies", "gate"],
         ["worker"],
-        ["text", "image", "train"],
+        ["checkpoints", "text", "image", "train"],
         ["prefix", "data", "reuse"],
         ["decoder"],
         ["llama", "gpt2"],
