@@ -31,9 +31,15 @@ def main() -> int:
 async def until_stopped(service: Service) -> None:
     """Raises BadSetting, TunnelFailed."""
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     serving, stopped = asyncio.create_task(service.run()), asyncio.create_task(stop.wait())
+
+    def interrupted() -> None:
+        if stop.is_set():  # a second time: checkpoints are not waited for any more
+            serving.cancel()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, interrupted)
     await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if stopped.done():
         log.info("stopping")

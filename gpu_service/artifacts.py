@@ -295,6 +295,13 @@ class BlobCache:
             self._arrived(sha256)
         return sha256
 
+    def drop(self, sha256s: Iterable[str]) -> None:
+        """What nobody will ask for again."""
+        for sha256 in sha256s:
+            if self._kept[sha256] <= 0:
+                (self._folder / sha256).unlink(missing_ok=True)
+                self._checked.discard(sha256)
+
     def _arrived(self, sha256: str) -> None:
         self._checked.add(sha256)
         blobs = sorted((p for p in self._folder.iterdir() if p.suffix != PART), key=lambda p: p.stat().st_mtime_ns)

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,67 +15,142 @@ from typing import Any, Literal
 import wire
 from gpu_service import artifacts, costs, layers, train
 from gpu_service.artifacts import Adapter, AdapterMeta, BlobCache, LoraMeta
+from gpu_service.checkpoints import Stored
 from gpu_service.data import TokenStore
 from gpu_service.device import Device
 from gpu_service.errors import GpuError, RelayUnavailable
-from gpu_service.link import LeaseLost, Link, NotEnrolled, Pauses, Refused
+from gpu_service.lease import Lease, Often, persist
+from gpu_service.link import LeaseLost, Link, NotEnrolled, Refused
 from gpu_service.models import Models
 from gpu_service.worker import Worker
 
 log = logging.getLogger(__name__)
 
+LEAVING_S = 20.0  # for the last checkpoints when the service stops
 FLUSH_S = 1.0  # between reports of progress
 UNEXPECTED = wire.JobError(message="The gpu failed; its log says why.", code="internal_error", retry=True)
 MOST_EVENTS = 500  # of one report
+STATE_BYTES_PER_PARAM = 12  # of a checkpoint: the weight and AdamW's two moments, in fp32
+OVERHEAD_BYTES = 2**18  # of headers, descriptions and random states, at most
+
+
+Reason = Literal["paused", "drained", "leaving"]
+
+
+class GivenBack(Exception):
+    """The run stopped on purpose, after a checkpoint where one could be made."""
+
+
+@dataclass
+class Run:
+    """A lease in work. `lease` is set while it trains: only then is there anything to checkpoint."""
+
+    task: asyncio.Task[None] | None = None
+    phase: Literal["preparing", "training", "ending"] = "preparing"
+    lease: Lease | None = None
+    reason: Reason | None = None  # why it is to be given back
+
+    def give_back(self, reason: Reason) -> None:
+        """Once. What has been trained to its end is better delivered than given back."""
+        if self.reason or self.phase == "ending":
+            return
+        self.reason = reason
+        if self.lease:
+            self.lease.now()
+        elif self.task:
+            self.task.cancel()
 
 
 class Jobs:
     """The leases that this gpu holds, each a task."""
 
     def __init__(
-        self, folder: Path, link: Link, worker: Worker, models: Models, device: Device, cache: BlobCache
+        self,
+        folder: Path,
+        link: Link,
+        worker: Worker,
+        models: Models,
+        device: Device,
+        cache: BlobCache,
+        often: Often = Often(),  # noqa: B008
     ) -> None:
+        self._often = often
         self._folder, self._link, self._worker = folder, link, worker
         self._models, self._device, self._cache = models, device, cache
-        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._runs: dict[tuple[str, int], Run] = {}
+        self._loading: set[asyncio.Task[None]] = set()
         self._reporters: dict[str, Reporter] = {}  # by job, of the leases that run
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: its leases are gone
 
     def held(self) -> list[wire.HeldLease]:
-        return [wire.HeldLease(job_id=job_id, fence=fence) for job_id, fence in self._tasks]
+        return [wire.HeldLease(job_id=job_id, fence=fence) for job_id, fence in self._runs]
 
     def views(self) -> list["JobView"]:
         """May be called from any thread."""
         return [reporter.view() for reporter in list(self._reporters.values())]
 
+    def obey(self, command: wire.Command) -> None:
+        match command:
+            case wire.GrantLease():
+                self._worker.draining = False  # the relay gives work again
+                self.start(command)
+            case wire.CancelLease():
+                if (run := self._runs.get((command.job_id, command.fence))) and run.task:
+                    run.reason = None
+                    run.task.cancel()
+            case wire.PauseLease():
+                if run := self._runs.get((command.job_id, command.fence)):
+                    run.give_back("paused")
+            case wire.Drain():
+                self._worker.draining = True
+                for run in self._runs.values():
+                    run.give_back("drained")
+            case wire.LoadModel():
+                task = asyncio.create_task(self._load(command.model))
+                self._loading.add(task)
+                task.add_done_callback(self._loading.discard)
+
     def start(self, grant: wire.GrantLease) -> None:
         """Once per lease: a grant may be said twice."""
         lease = (grant.job.job_id, grant.fence)
-        if lease not in self._tasks:
-            task = asyncio.create_task(self._run(grant), name=f"job {grant.job.job_id}")
-            self._tasks[lease] = task
-            task.add_done_callback(lambda _: self._tasks.pop(lease, None))
+        if lease not in self._runs:
+            run = self._runs[lease] = Run()
+            run.task = asyncio.create_task(self._run(grant, run), name=f"job {grant.job.job_id}")
+            run.task.add_done_callback(lambda _: self._runs.pop(lease, None))
 
-    def cancel(self, lease: wire.CancelLease) -> None:
-        if task := self._tasks.get((lease.job_id, lease.fence)):
-            task.cancel()
+    async def _load(self, model: str) -> None:
+        try:
+            await self._worker.load(model)
+        except Exception:  # the relay asks again where somebody still waits
+            log.exception("%s could not be loaded", model)
 
     async def aclose(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Checkpoints first, within LEAVING_S; what is left then is broken off. Cancelled, it breaks off at once."""
+        for run in self._runs.values():
+            run.give_back("leaving")
+        tasks = [run.task for run in self._runs.values() if run.task]
+        try:
+            if tasks:
+                await asyncio.wait(tasks, timeout=LEAVING_S)
+        finally:
+            tasks += self._loading
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, grant: wire.GrantLease) -> None:
+    async def _run(self, grant: wire.GrantLease, run: Run) -> None:
         spec = grant.job
         folder = self._folder / f"{spec.job_id}-{grant.fence}"
         reporter = Reporter(self._link, spec.job_id, spec.base_model, grant.fence)
         self._reporters[spec.job_id] = reporter
+        lease = Lease(self._link, self._cache, spec, grant.fence, reporter, self._often)
+        result: wire.JobResult | None = None
         log.info("job %s begins", spec.job_id)
         try:
             async with reporter:
                 try:
-                    adapter = await self._train(spec, folder, reporter)
+                    adapter = await self._train(spec, folder, reporter, lease, run)
+                    run.phase, run.lease = "ending", None
                     refs = await asyncio.to_thread(artifacts.save, folder / "adapter", adapter)
                     result = wire.JobResult(
                         fence=grant.fence,
@@ -86,9 +160,17 @@ class Jobs:
                     )
                     for ref in refs.files:
                         path = folder / "adapter" / ref.name
-                        await self._persist(lambda: self._link.upload(spec.job_id, grant.fence, ref, path))  # noqa: B023
+                        await persist(self._link, lambda: self._link.upload(spec.job_id, grant.fence, ref, path))  # noqa: B023
                         with suppress(OSError):  # a convenience: it is then served from here without a fetch
                             await asyncio.to_thread(self._cache.add, path)
+                except GivenBack:
+                    log.info("job %s is given back: %s", spec.job_id, run.reason)
+                except asyncio.CancelledError:
+                    if run.reason is None or run.phase != "preparing" or reporter.is_lost:
+                        raise
+                    task = asyncio.current_task()
+                    assert task
+                    task.uncancel()  # nothing has been trained yet that could be kept
                 except GpuError as exc:
                     log.warning("job %s failed: %s", spec.job_id, exc.message)
                     result = wire.JobResult(fence=grant.fence, error=exc.for_job())
@@ -96,7 +178,10 @@ class Jobs:
                     log.exception("job %s failed", spec.job_id)
                     result = wire.JobResult(fence=grant.fence, error=UNEXPECTED)
                 await reporter.flush()
-            await self._finish(spec.job_id, result)
+            if result:
+                await self._finish(spec.job_id, result)
+            elif run.reason:
+                await lease.release(run.reason)
             log.info("job %s ended", spec.job_id)
         except LeaseLost:
             log.info("job %s is not ours any more", spec.job_id)
@@ -106,13 +191,15 @@ class Jobs:
 
     async def _finish(self, job_id: str, result: wire.JobResult) -> None:
         try:
-            await self._persist(lambda: self._link.finish(job_id, result))
+            await persist(self._link, lambda: self._link.finish(job_id, result))
         except Refused as exc:  # silence would have the relay give the same lease again, and so on without an end
             log.warning("job %s: %s", job_id, exc.message)
             error = wire.JobError(message=exc.message[:4000], code=exc.code, retry=True)
-            await self._persist(lambda: self._link.finish(job_id, wire.JobResult(fence=result.fence, error=error)))
+            await persist(
+                self._link, lambda: self._link.finish(job_id, wire.JobResult(fence=result.fence, error=error))
+            )
 
-    async def _train(self, spec: wire.JobSpec, folder: Path, reporter: "Reporter") -> Adapter:
+    async def _train(self, spec: wire.JobSpec, folder: Path, reporter: "Reporter", lease: Lease, run: Run) -> Adapter:
         source = self._models.source(spec.base_model)
         selection = await asyncio.to_thread(layers.select, source.tensors, spec.layers, tied=source.tied)
         length = train.max_length(spec.hyperparameters.max_length_tokens, source)
@@ -120,14 +207,18 @@ class Jobs:
             stack.enter_context(self._cache.keep(spec.training_file.sha256))
 
             async def tokenised(ref: wire.FileRef, name: str) -> TokenStore:
-                path = await self._persist(lambda: self._link.fetch(ref, self._cache))
+                path = await persist(self._link, lambda: self._link.fetch(ref, self._cache))
                 return await asyncio.to_thread(
                     TokenStore.build, path, folder / name, source.tokenizer, length, param=name
                 )
 
             store = await tokenised(spec.training_file, "training_file")
             validation = await tokenised(spec.validation_file, "validation_file") if spec.validation_file else None
-        plan = train.plan(spec.hyperparameters, source, selection, store, length, self._device)
+        found = await lease.newest(selection, source.revision)
+        if found and found.plan.steps_per_epoch != -(-len(store) // found.plan.batch_rows):
+            reporter.say("The checkpoint does not fit this data: the job begins at its beginning.", level="warn")
+            found = None
+        plan = found.plan if found else train.plan(spec.hyperparameters, source, selection, store, length, self._device)
         cost = source.cost(selection, plan.micro_rows, store.report.longest, self._device.precision.dtype.itemsize)
         reporter.say(f"Training data: {store.report.summary()}.")
         reporter.say(f"Training {costs.summary(selection, cost)}, on {self._device.name}.")
@@ -139,17 +230,44 @@ class Jobs:
             f"peak learning rate {plan.learning_rate:g}.",
             data={"hyperparameters": chosen.model_dump(), "total_steps": plan.total_steps},
         )
+        flops = costs.training_flops(selection, source.tensors, tied=source.tied)
+        per_s = self._worker.flops_per_s(source.id)
+        await lease.reserve(
+            STATE_BYTES_PER_PARAM * selection.n_trainable + OVERHEAD_BYTES,
+            cost.adapter_bytes + OVERHEAD_BYTES,
+            flops * int(store.lengths.sum()) * plan.n_epochs / per_s if per_s else 0.0,
+        )
+        made_on = f"{self._device.torch.type} {self._device.precision.name}"
+        before_s, train_loss, valid_loss, start = 0.0, None, None, None
+        if found:
+            start, before_s = found.state, found.elapsed_s
+            train_loss, valid_loss = start.train_loss, start.valid_loss
+            lease.goes_on(found, made_on)
+        first_step = start.step if start else 0
         job = train.Job(source, selection, plan, store, validation, spec.seed)
-        started, train_loss, valid_loss = time.monotonic(), None, None
-        async with aclosing(self._worker.train(job)) as progress:  # type: ignore[type-var]
+        started = time.monotonic()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(lease)
+            progress = await stack.enter_async_context(
+                aclosing(self._worker.train(job, start=start, wanted=lease.wanted))  # type: ignore[type-var]
+            )
+            run.phase, run.lease = "training", lease
             async for item in progress:
+                elapsed_s = time.monotonic() - started
+                if isinstance(item, train.State):
+                    lease.take(Stored(item, plan, before_s + elapsed_s, made_on, self._link.now()))
+                    if run.reason:
+                        await lease.settled()
+                        raise GivenBack
+                    continue
                 if isinstance(item, train.Trained):
                     trained = item
                     break
                 if item.train_loss is not None or item.valid_loss is not None:
                     train_loss = item.train_loss if item.train_loss is not None else train_loss
                     valid_loss = item.valid_loss if item.valid_loss is not None else valid_loss
-                    reporter.metrics(item, plan, time.monotonic() - started)
+                    left_s = elapsed_s / max(1, item.step - first_step) * (plan.total_steps - item.step)
+                    reporter.metrics(item, plan, before_s + elapsed_s, left_s)
         meta = AdapterMeta(
             family=source.family,
             base_model=source.id,
@@ -164,19 +282,6 @@ class Jobs:
             validation_loss=valid_loss,
         )
         return Adapter(meta, trained.full, trained.lora)
-
-    async def _persist(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
-        """Until it works. What can't be said now may be said when the relay is back; LeaseLost ends it."""
-        pauses = Pauses()
-        while True:
-            try:
-                return await attempt()
-            except RelayUnavailable as exc:
-                log.warning("%s Trying again.", exc.message)
-                await asyncio.sleep(next(pauses))
-            except NotEnrolled:
-                await asyncio.sleep(next(pauses))
-                await self._link.wait_enrolled()
 
 
 @dataclass(frozen=True)
@@ -201,21 +306,22 @@ class Reporter:
         self._link, self._job_id, self._model, self._fence = link, job_id, model, fence
         self._waiting: list[wire.JobEvent] = []
         self._seq = 0
-        self._lost = False
+        self.is_lost = False
         self._loss: float | None = None
         self._progress: tuple[int, int, float] | None = None  # step, steps in all, seconds left
 
     async def __aenter__(self) -> "Reporter":
         owner = asyncio.current_task()
         assert owner
-        self._task = asyncio.create_task(self._loop(owner))
+        self._owner = owner
+        self._task = asyncio.create_task(self._loop())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        if self._lost and kind is asyncio.CancelledError:
+        if self.is_lost and kind is asyncio.CancelledError:
             raise LeaseLost
 
     def view(self) -> JobView:
@@ -225,8 +331,7 @@ class Reporter:
     def say(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
         self._add(message, "message", level, data or {})
 
-    def metrics(self, item: train.Progress, plan: train.Plan, elapsed_s: float) -> None:
-        left_s = elapsed_s / max(1, item.step) * (plan.total_steps - item.step)
+    def metrics(self, item: train.Progress, plan: train.Plan, elapsed_s: float, left_s: float) -> None:
         data: dict[str, Any] = {
             "step": item.step,
             "total_steps": plan.total_steps,
@@ -271,12 +376,16 @@ class Reporter:
                 log.warning("job %s: %s", self._job_id, exc.message)
             del self._waiting[: len(some)]
 
-    async def _loop(self, owner: asyncio.Task[Any]) -> None:
+    def lost(self) -> None:
+        """The lease is another's now: the work on it ends."""
+        self.is_lost = True
+        self._owner.cancel()
+
+    async def _loop(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_S)
             try:
                 await self.flush()
             except LeaseLost:
-                self._lost = True
-                owner.cancel()
+                self.lost()
                 return

@@ -47,6 +47,13 @@ class Refused(GpuError):
     """The relay understood, and said no."""
 
     status, code = 502, "relay_refused"
+    reason: str | None = None  # the relay's own code
+
+
+class RelayFull(RelayUnavailable):
+    """The relay has no room now; it may have later."""
+
+    code = "disk_full"
 
 
 class NotEnrolled(Exception):
@@ -57,8 +64,7 @@ class Jobs(Protocol):
     """What the link needs of whoever runs the leases."""
 
     def held(self) -> list[wire.HeldLease]: ...
-    def start(self, grant: wire.GrantLease) -> None: ...
-    def cancel(self, lease: wire.CancelLease) -> None: ...
+    def obey(self, command: wire.Command) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -222,10 +228,7 @@ class Link:
             way = "by its own WebSocket" if self._settings.tunnel == wire.DIALLED else f"at {self._url or 'no URL'}"
             log.info("the relay %s this gpu %s", "reaches" if reply.reachable else "can't reach", way)
         for command in reply.commands:
-            if isinstance(command, wire.GrantLease):
-                jobs.start(command)
-            else:
-                jobs.cancel(command)
+            jobs.obey(command)
 
     # --- what jobs and callers need ----------------------------------------------------------------------------------
 
@@ -239,12 +242,19 @@ class Link:
 
     async def upload(self, job_id: str, fence: int, ref: wire.FileRef, path: Path) -> None:
         """Store a blob for a job, unless the relay has it. Raises LeaseLost, RelayUnavailable, Refused."""
-        target = f"/gpu/jobs/{job_id}/blobs/{ref.sha256}?fence={fence}"
+        await self.put(f"/gpu/jobs/{job_id}/blobs/{ref.sha256}?fence={fence}", ref.sha256, path)
+
+    async def put(self, target: str, sha256: str, path: Path) -> None:
+        """A file, unless the relay has it. Raises LeaseLost, RelayUnavailable, Refused."""
         if (await self._signed("HEAD", target)).status_code == 200:
             return
-        _checked(await self._signed("PUT", target, (path, ref.sha256)))
+        _checked(await self._signed("PUT", target, (path, sha256)))
 
-    async def fetch(self, ref: wire.FileRef, cache: BlobCache) -> Path:
+    async def post(self, target: str, message: wire.Message) -> None:
+        """Raises LeaseLost, RelayUnavailable, Refused."""
+        _checked(await self._signed("POST", target, message))
+
+    async def fetch(self, ref: wire.FileRef | wire.ChunkRef, cache: BlobCache) -> Path:
         """A blob by hash, from this disk or from the relay. Raises RelayUnavailable, NotEnrolled, BadBlob."""
         if here := await asyncio.to_thread(cache.path, ref.sha256):
             return here
@@ -314,6 +324,8 @@ class Link:
         """What passes when the relay is back, or has heard of us again. Raises RelayUnavailable, NotEnrolled."""
         if response.status_code == 401:
             raise NotEnrolled
+        if response.status_code == 507:
+            raise RelayFull(f"{_message(response)}.")
         if response.status_code >= 500 or response.status_code == 429:
             raise RelayUnavailable(f"The relay answers with status {response.status_code}: {_message(response)}.")
 
@@ -346,7 +358,9 @@ async def _patience() -> AsyncIterator[None]:
 
 def _checked(response: httpx2.Response) -> httpx2.Response:
     if not response.is_success:
-        raise Refused(f"The relay answers with status {response.status_code}: {_message(response)}.")
+        refused = Refused(f"The relay answers with status {response.status_code}: {_message(response)}.")
+        refused.reason = _code(response)
+        raise refused
     return response
 
 
@@ -364,6 +378,13 @@ def _message(response: httpx2.Response) -> str:
         return str(response.json()["error"]["message"]).rstrip(".")
     except (ValueError, KeyError, TypeError):
         return response.text[:200] or "no reason given"
+
+
+def _code(response: httpx2.Response) -> str | None:
+    try:
+        return str(response.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 async def _chunks(path: Path) -> AsyncIterator[bytes]:

@@ -29,6 +29,7 @@ from gpu_service.dialout import DialOut
 from gpu_service.errors import RelayUnavailable
 from gpu_service.gate import Gate
 from gpu_service.job import Jobs, JobView
+from gpu_service.lease import Often
 from gpu_service.link import Link, NotEnrolled
 from gpu_service.models import Models
 from gpu_service.settings import BadSetting, Settings, one_tokenizing_thread
@@ -134,7 +135,9 @@ class Service:
         worker = self._worker = Worker(settings, device, models)
         active = lambda: worker.active_requests  # noqa: E731
         link = self._link = Link(settings, instance, device, models, active) if settings.relay_url else None
-        jobs = self._jobs = Jobs(settings.data_dir / "jobs", link, worker, models, device, cache) if link else None
+        often = Often(every_s=settings.checkpoint_every_s, runtime_ends_at=settings.runtime_ends_at)
+        folder = settings.data_dir / "jobs"
+        jobs = self._jobs = Jobs(folder, link, worker, models, device, cache, often) if link else None
         async with contextlib.AsyncExitStack() as stack:  # unwinds from the last to the first
             tokenizing = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizing"))
             if link:

@@ -23,6 +23,7 @@ TABLE: dict[str, str] = {
     "NGROK_AUTHTOKEN": "Token of an ngrok account, for the tunnel `ngrok`.",
     "GPU_NGROK_DOMAIN": "A domain reserved at ngrok, so that the public URL stays the same.",
     "GPU_RUNTIME_ENDS_AT": "When this runtime ends, in unix seconds, where it is known; shown, and told to the relay.",
+    "GPU_CHECKPOINT_EVERY_S": "Seconds between a job's checkpoints; 0: chosen by their cost and the runtime's life.",
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
@@ -54,6 +55,7 @@ class Settings:
     ngrok_token: str | None = None
     ngrok_domain: str | None = None
     runtime_ends_at: float | None = None
+    checkpoint_every_s: float = 0.0  # 0: chosen
     device: str | None = None
     precision: str | None = None
     quantize: wire.Quantize = "none"
@@ -106,6 +108,9 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     ends_at = text("GPU_RUNTIME_ENDS_AT")
     if ends_at and not ends_at.replace(".", "", 1).isdigit():
         raise BadSetting(f"GPU_RUNTIME_ENDS_AT is '{ends_at}': use unix seconds")
+    every = text("GPU_CHECKPOINT_EVERY_S") or "0"
+    if not every.replace(".", "", 1).isdigit():
+        raise BadSetting(f"GPU_CHECKPOINT_EVERY_S is '{every}': use seconds, or 0 to have them chosen")
     return Settings(
         host=text("GPU_HOST") or "127.0.0.1",
         port=int(port),
@@ -120,6 +125,7 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
         ngrok_domain=text("GPU_NGROK_DOMAIN"),
         runtime_ends_at=float(ends_at) if ends_at else None,
         public_url=public_url.rstrip("/") if public_url else None,
+        checkpoint_every_s=float(every),
         device=one_of("GPU_DEVICE", "cpu", "cuda", "mps"),
         precision=one_of("GPU_PRECISION", "fp32", "bf16", "fp16"),
         quantize=one_of("GPU_QUANTIZE", *QUANTIZE) or "none",

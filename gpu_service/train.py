@@ -6,6 +6,7 @@ on serving beside it, unchanged.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -109,6 +110,7 @@ class State:
     valid_loss: float | None
     scaler: dict[str, float]  # of the gradients; empty without one
     tensors: dict[str, Tensor]  # weights, moments and optimizer steps of what is trained, and the random states
+    copy_s: float = 0.0  # that the run stood still for it
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,10 @@ def run(
         train_loss, valid_loss = start.train_loss, start.valid_loss
 
     def state() -> State:
+        began = time.perf_counter()
         tensors = _captured(named, optimizer)
-        return State(step, tokens, validations, train_loss, valid_loss, scaler.state_dict(), tensors)
+        copy_s = time.perf_counter() - began
+        return State(step, tokens, validations, train_loss, valid_loss, scaler.state_dict(), tensors, copy_s)
 
     while True:
         epoch, index_in_epoch = divmod(step, plan.steps_per_epoch)

@@ -142,6 +142,7 @@ class Worker:
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = self._refusing = False
+        self.draining = False  # no new generations; those under way go on
         self._active = 0  # generations accepted and not ended; counted on the event loop
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
@@ -179,6 +180,8 @@ class Worker:
         """
         if self._refusing:
             raise Stopping("This gpu is stopping.")
+        if self.draining:
+            raise Stopping("This gpu is being drained: ask another, or again later.")
         if self._active >= self._max_waiting:
             raise TooBusy(f"{self._active} generations are under way here: try again in a moment.")
         stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)

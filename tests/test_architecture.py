@@ -30,7 +30,7 @@ FLOORS: dict[str, list[list[str]]] = {
     "gpu_service": [
         ["__main__", "notebook"],
         ["service", "lone", "places"],
-        ["app", "tunnel", "dialout", "job", "link"],
+        ["app", "tunnel", "dialout", "job", "lease", "link"],
         ["bodies", "gate"],
         ["worker"],
         ["checkpoints", "text", "image", "train"],
