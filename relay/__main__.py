@@ -71,6 +71,8 @@ def serve(config: Settings) -> int:
     options = uvicorn.Config(
         app,
         lifespan="on",
+        loop="uvloop",
+        http="httptools",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -58,23 +58,23 @@ class OpenAIApi:
             user.need(scope)
         return user
 
-    async def forward(self, request: Request, user: User, model: Model, target: str, body: bytes = b"") -> Response:
+    async def forward(self, request: Request, user: User, base: str, target: str, body: bytes = b"") -> Response:
         headers = {"x-request-id": request.state.request_id}
         if body:
             headers["content-type"] = "application/json"  # it was parsed as that
         if 0 < len(accept := request.headers.get("accept", "")) <= MAX_ACCEPT_CHARS:
             headers["accept"] = accept
-        return self.proxy.forward(Ask(user.id, model.base, request.method, target, body, headers))
+        return self.proxy.forward(Ask(user.id, base, request.method, target, body, headers))
 
     async def generate(self, request: Request) -> Response:
         """Raises InvalidKey, TooLarge, InvalidRequest, ModelNotFound; the gpu judges the rest of the body."""
         user = await self.user(request, "generate")
         body = await read_body(request, self.settings.max_body_bytes)
         fields = parse_object(body)
-        model = await self.models.resolve(user.id, string_field(fields, "model"))
+        base = await self.models.base_of(user.id, string_field(fields, "model"))
         if not isinstance(fields.get("stream", False), bool | None):
             raise errors.InvalidRequest("stream: use true or false", param="stream")
-        return await self.forward(request, user, model, request.url.path, body)
+        return await self.forward(request, user, base, request.scope["path"], body)
 
     async def refused_layers(self, model: Model, layers: list[dict[str, Any]]) -> Response | None:
         """A gpu's 400 about these layers; None if it accepts them, or none can be asked now."""
@@ -118,7 +118,7 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
         """What can be trained in this model. A tuned model has the layers of its base."""
         user = await api.user(request)
         model = await api.models.resolve(user.id, model_id)
-        return await api.forward(request, user, model, f"/v1/models/{quote(model.base, safe='/')}/layers")
+        return await api.forward(request, user, model.base, f"/v1/models/{quote(model.base, safe='/')}/layers")
 
     @routes.get("/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> JSONResponse:
@@ -139,7 +139,7 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
         model = await api.models.resolve(user.id, string_field(fields, "model"))
         if model.is_tuned:
             body = json.dumps({**fields, "model": model.base}).encode()
-        return await api.forward(request, user, model, PREVIEW, body)
+        return await api.forward(request, user, model.base, PREVIEW, body)
 
 
 def _files(routes: APIRouter, api: OpenAIApi) -> None:

@@ -194,6 +194,8 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
                     "name": row.name,
                     "alive": alive,
                     "reachable": alive and api.gpus.reachable(row.id, row.epoch),
+                    "breaker": api.gpus.breaker_state(row.id, row.epoch),
+                    "draining": api.gpus.is_draining(row.id),
                     "tunnel": row.tunnel,
                     "device": row.device,
                     "free_bytes": row.free_bytes,

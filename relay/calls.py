@@ -24,6 +24,7 @@ class Call:
         self._clock = clock
         self._waiting_since = clock()
         self._wait: asyncio.Timeout | None = None
+        self.worked: bool | None = None  # whether the gpu did its part; None: not known, for the caller left first
 
     async def wait(self, step: Awaitable[T]) -> T:
         """Raises GpuUnreachable when it is broken off."""
@@ -33,7 +34,11 @@ class Call:
                 return await step
         except TimeoutError as exc:
             message = f"gpu {self.to.name!r} can't be reached: it has gone silent. Try again in a moment."
+            self.worked = False
             raise errors.GpuUnreachable(message) from exc
+        except errors.GpuUnreachable:
+            self.worked = False
+            raise
         finally:
             self._wait = None
 
@@ -41,6 +46,8 @@ class Call:
         """As `source` has them. Raises what it raises, and GpuUnreachable."""
         while chunk := await self.wait(_next(source)):
             yield chunk
+        if self.worked is None:
+            self.worked = True
 
     def break_off(self, *, waiting_since: float) -> None:
         """If it has waited for one thing since then."""

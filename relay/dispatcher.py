@@ -80,7 +80,7 @@ class Dispatcher:
         try:
             while True:
                 bell.clear()  # before the look, so that what comes in between is not missed
-                commands = await self._leases.commands(by, held)
+                commands = [*await self._leases.commands(by, held), *await self._gpus.to_load(by)]
                 left_s = until - loop.time()
                 if commands or left_s <= 0 or self._stopping.is_set():
                     return commands

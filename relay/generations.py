@@ -15,7 +15,7 @@ from typing import Any
 
 from relay import errors
 from relay.gpus import Gpus
-from relay.proxy import Ask, Opened, Proxy
+from relay.proxy import BUSY, Ask, Opened, Proxy
 from relay.transport import Endpoint
 
 log = logging.getLogger("relay.generations")
@@ -23,7 +23,6 @@ log = logging.getLogger("relay.generations")
 KEEP_S = 30.0
 TRY_EVERY_S = 1.0
 SOON_S = 0.1
-BUSY = (429, 503)  # of a gpu: full, or about to stop; another one, or the same one later, will do
 MAX_BUFFER_BYTES = 16 * 2**20
 MAX_OPEN = 16  # of one user
 

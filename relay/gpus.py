@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,8 +22,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
 from relay import errors
+from relay.breaker import Breaker, State
 from relay.calls import Call
 from relay.gpu_client import GpuClient
+from relay.roster import Listed, Roster
 from relay.settings import Settings
 from relay.store import Clock, Store
 from relay.tables import base_models, gpus, offers
@@ -33,6 +35,7 @@ log = logging.getLogger("relay.gpus")
 
 SHOWN_FOR_S = 24 * 3600.0  # a gpu that left is still listed this long
 SHOWN = 100
+LOAD_AGAIN_S = 60.0  # a gpu that was told to load a model is not told again sooner
 
 
 class Gpus:
@@ -46,6 +49,12 @@ class Gpus:
         self._tried_at: dict[str, float] = {}
         self._challenges: dict[tuple[str, int], asyncio.Task[None]] = {}  # under way, by gpu id and epoch
         self._calls: set[Call] = set()  # live requests of this process
+        self._in_flight: Counter[str] = Counter()  # the same, counted by gpu
+        self._roster = Roster(store, settings.alive_s, clock)
+        self._breakers: dict[str, Breaker] = {}  # of those that failed last; the others' are closed
+        self._draining: set[str] = set()
+        self._wanted: Counter[str] = Counter()  # base models that live requests of this process wait for
+        self._told_to_load: dict[tuple[str, str], tuple[int, float]] = {}  # gpu and model: in which epoch, when
         self._enrol_token = secrets.token_hex(32)  # nobody's, until open()
 
     def open(self, enrol_token: str) -> None:
@@ -105,6 +114,7 @@ class Gpus:
                 await db.execute(insert(gpus).values(**row, id=gpu_id, epoch=epoch, instance_sha256=instance))
             await self._offer(db, gpu_id, request.models)
         self._proven.pop(gpu_id, None)
+        self._roster.changed()
         log.info("gpu %s %r enrolled, epoch %d, tunnel %s", gpu_id, request.name, epoch, request.tunnel)
         return wire.EnrolReply(
             gpu_id=gpu_id,
@@ -137,7 +147,11 @@ class Gpus:
             row = {"last_seen_at": self._clock(), "free_bytes": beat.free_bytes}
             current = (gpus.c.id == by.gpu_id) & (gpus.c.epoch == by.epoch)
             await db.execute(update(gpus).where(current).values(**row, active_requests=beat.active_requests))
-            await self._offer(db, by.gpu_id, beat.models)
+            offers_changed = await self._offer(db, by.gpu_id, beat.models)
+        if offers_changed:
+            self._roster.changed()
+        else:
+            self._roster.heard(by)
         if not self.reachable(by.gpu_id, by.epoch):
             await self.prove(by.gpu_id)
 
@@ -147,14 +161,16 @@ class Gpus:
         current = (gpus.c.id == by.gpu_id) & (gpus.c.epoch == by.epoch)
         async with self._store.write() as db:
             await db.execute(update(gpus).where(current).values(last_seen_at=long_ago, active_requests=0))
+        self._roster.changed()
         self.unproven(by)
         log.info("gpu %s said goodbye", by.gpu_id)
 
-    async def _offer(self, db: AsyncConnection, gpu_id: str, models: list[wire.OfferedModel]) -> None:
+    async def _offer(self, db: AsyncConnection, gpu_id: str, models: list[wire.OfferedModel]) -> bool:
+        """Whether that is anything new."""
         held = {r.model_id: r.loaded for r in await db.execute(select(offers).where(offers.c.gpu_id == gpu_id))}
         now_held = {m.id: m.loaded for m in models}
         if held == now_held:
-            return
+            return False
         known = set((await db.execute(select(base_models.c.id).where(base_models.c.id.in_(now_held)))).scalars())
         for model in {m.id: m for m in models if m.id not in known}.values():
             row = model.model_dump(exclude={"loaded"})
@@ -162,6 +178,7 @@ class Gpus:
         await db.execute(delete(offers).where(offers.c.gpu_id == gpu_id))
         for model_id, loaded in now_held.items():
             await db.execute(insert(offers).values(gpu_id=gpu_id, model_id=model_id, loaded=loaded))
+        return True
 
     # --- reaching them ---
 
@@ -188,19 +205,26 @@ class Gpus:
 
         The gpu `at_once` is not told to wait for its turn. Requests that wait for a gpu that went silent end here.
         """
-        now, alive = self._clock(), await self._alive()
-        self._break_off_silent({row.id for row in alive}, now)
+        now, alive = self._clock(), {gpu.to.gpu_id: gpu for gpu in await self._roster.alive()}
+        self._break_off_silent(alive, now)
         # Since its enrolment, too: it must have read our reply before it can prove anything. Who is gone is forgotten.
-        self._tried_at = {row.id: max(self._tried_at.get(row.id, 0.0), row.enrolled_at) for row in alive}
-        for row in alive:
-            due = row.id == at_once or now - self._tried_at[row.id] >= self._settings.heartbeat_s
-            if due and not self.reachable(row.id, row.epoch):
-                self._start_challenge(_endpoint(row))
+        self._tried_at = {i: max(self._tried_at.get(i, 0.0), gpu.enrolled_at) for i, gpu in alive.items()}
+        self._breakers = {i: b for i, b in self._breakers.items() if i in alive and b.epoch == alive[i].to.epoch}
+        self._draining &= alive.keys()
+        self._told_to_load = {key: told for key, told in self._told_to_load.items() if key[0] in alive}
+        for gpu_id, gpu in alive.items():
+            due = gpu_id == at_once or now - self._tried_at[gpu_id] >= self._settings.heartbeat_s
+            if due and not self.reachable(gpu_id, gpu.to.epoch):
+                self._start_challenge(gpu.to)
 
-    def _break_off_silent(self, alive: Collection[str], now: float) -> None:
-        """A gpu that still sends bytes is not silent, whatever its heartbeats do."""
+    def _break_off_silent(self, alive: Mapping[str, Listed], now: float) -> None:
+        """A gpu that still sends bytes is not silent, whatever its heartbeats do.
+
+        One that has enrolled anew no longer vouches for the way by which it was asked.
+        """
         for call in self._calls:
-            if call.to.gpu_id not in alive:
+            gpu = alive.get(call.to.gpu_id)
+            if gpu is None or gpu.to.epoch != call.to.epoch:
                 call.break_off(waiting_since=now - self._settings.alive_s)
 
     def _start_challenge(self, to: Endpoint) -> None:
@@ -226,26 +250,103 @@ class Gpus:
     # --- choosing one ---
 
     async def choose(self, model: str, exclude: Collection[str] = ()) -> Endpoint | None:
-        """Alive, reachable, with this base model; the least busy. None if there is no such gpu."""
-        able = [row for row in await self._alive(model) if row.id not in exclude and self.reachable(row.id, row.epoch)]
+        """Alive, reachable, with this base model, neither draining nor failing; the least busy. None: no such gpu."""
+        able = [
+            gpu
+            for gpu in await self._roster.offering(model)
+            if gpu.to.gpu_id not in exclude and self._takes_requests(gpu.to)
+        ]
         if not able:
             return None
-        in_flight = Counter(call.to.gpu_id for call in self._calls)
-        return _endpoint(min(able, key=lambda row: (in_flight[row.id], not row.loaded, secrets.randbits(16))))
+        if len(able) == 1:
+            return able[0].to
+        return min(able, key=lambda gpu: self._burden(gpu, model)).to
+
+    def _takes_requests(self, to: Endpoint) -> bool:
+        if not self.reachable(to.gpu_id, to.epoch) or to.gpu_id in self._draining:
+            return False
+        breaker = self._breakers.get(to.gpu_id)
+        return breaker is None or breaker.epoch != to.epoch or breaker.lets_through(self._clock())
+
+    def _burden(self, gpu: Listed, model: str) -> tuple[int, bool, int]:
+        return self._in_flight[gpu.to.gpu_id], not gpu.loaded[model], secrets.randbits(16)
 
     @contextlib.contextmanager
     def busy(self, to: Endpoint) -> Iterator[Call]:
-        """Counts a live request for as long as it lasts; of this process only."""
-        call = Call(to, self._clock)
+        """Counts a live request for as long as it lasts, and how it ended; of this process only."""
+        call, breaker = Call(to, self._clock), self._breaker(to)
         self._calls.add(call)
+        self._in_flight[to.gpu_id] += 1
+        if breaker:
+            breaker.began()
         try:
             yield call
         finally:
             self._calls.discard(call)
+            self._in_flight[to.gpu_id] -= 1
+            if not self._in_flight[to.gpu_id]:
+                del self._in_flight[to.gpu_id]
+            if breaker:
+                breaker.ended()
+            if call.worked is True and breaker and self._breaker(to) is breaker:
+                del self._breakers[to.gpu_id]
+            elif call.worked is False:
+                self._failed(to)
+
+    def _breaker(self, to: Endpoint) -> Breaker | None:
+        breaker = self._breakers.get(to.gpu_id)
+        return breaker if breaker and breaker.epoch == to.epoch else None
+
+    def _failed(self, to: Endpoint) -> None:
+        current = self._breakers.get(to.gpu_id)
+        if current is None or current.epoch < to.epoch:
+            current = self._breakers[to.gpu_id] = Breaker(to.epoch)
+        if current.epoch > to.epoch:
+            return  # of an epoch that is over
+        before = current.state(now := self._clock())
+        current.failed(now)
+        if before != (after := current.state(now)):
+            log.warning("gpu %s %r: its breaker is %s, was %s", to.gpu_id, to.name, after, before)
+
+    def breaker_state(self, gpu_id: str, epoch: int) -> State:
+        breaker = self._breakers.get(gpu_id)
+        return breaker.state(self._clock()) if breaker and breaker.epoch == epoch else "closed"
+
+    def drain(self, gpu_id: str, *, on: bool = True) -> None:
+        """It gets no new live requests, until told otherwise or gone; those that run go on to their end."""
+        (self._draining.add if on else self._draining.discard)(gpu_id)
+
+    def is_draining(self, gpu_id: str) -> bool:
+        return gpu_id in self._draining
 
     async def any_alive(self, model: str) -> bool:
         """Whether a gpu with this base model is there, reachable or not."""
-        return bool(await self._alive(model))
+        return bool(await self._roster.offering(model))
+
+    # --- models that somebody waits for ---
+
+    @contextlib.contextmanager
+    def waiting_for(self, model: str) -> Iterator[None]:
+        """As long as the block lasts, gpus that offer this base model are told to have it in memory."""
+        self._wanted[model] += 1
+        try:
+            yield
+        finally:
+            self._wanted[model] -= 1
+            if not self._wanted[model]:
+                del self._wanted[model]
+
+    async def to_load(self, by: wire.SignedBy) -> list[wire.LoadModel]:
+        """What the gpu should have in memory, and has not; each is said again only after LOAD_AGAIN_S."""
+        commands, now = list[wire.LoadModel](), self._clock()
+        for model in list(self._wanted):
+            for gpu in await self._roster.offering(model):
+                told = self._told_to_load.get((by.gpu_id, model), (0, 0.0))
+                due = told[0] != by.epoch or now - told[1] >= LOAD_AGAIN_S
+                if gpu.to.gpu_id == by.gpu_id and not gpu.loaded[model] and due:
+                    self._told_to_load[by.gpu_id, model] = (by.epoch, now)
+                    commands.append(wire.LoadModel(model=model))
+        return commands
 
     async def known(self) -> list[tuple[Row[Any], list[Row[Any]]]]:
         """Those heard within a day, the latest first, each with the base models that it offers."""
@@ -260,20 +361,6 @@ class Gpus:
 
     def is_alive(self, row: Row[Any]) -> bool:
         return bool(row.last_seen_at >= self._clock() - self._settings.alive_s)
-
-    async def _alive(self, model: str | None = None) -> Sequence[Row[Any]]:
-        """Those with a way to them and, where one is named, the model; then also whether they have it `loaded`."""
-        has_way = gpus.c.url.is_not(None) | (gpus.c.tunnel == wire.DIALLED)
-        query = select(gpus).where(has_way, gpus.c.last_seen_at >= self._clock() - self._settings.alive_s)
-        if model is not None:
-            query = query.join(offers, offers.c.gpu_id == gpus.c.id).where(offers.c.model_id == model)
-            query = query.add_columns(offers.c.loaded)
-        async with self._store.read() as db:
-            return (await db.execute(query)).all()
-
-
-def _endpoint(row: Row[Any]) -> Endpoint:
-    return Endpoint(row.id, row.epoch, row.name, row.tunnel, row.url, row.signing_key)
 
 
 def check_url(url: str, settings: Settings) -> str:

@@ -1,5 +1,6 @@
 """Which models a user may name: every base model that was ever offered, and their own tuned ones."""
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from relay.sweep import remove_unnamed
 from relay.tables import base_models, gpus, models, offers, users
 
 NAMED_IN_ERRORS = 20
+MEMORY_S = 2.0  # how long another process's deletion of a model may go unnoticed by a live request
+MOST_REMEMBERED = 10_000
 PROMISED_S = 600.0  # a gpu may just have heard that a blob is here, and not send it; the sweep gets it later
 
 
@@ -45,6 +48,7 @@ class Models:
         self._settings = settings
         self._clock = clock
         self._reachable = reachable
+        self._bases_known: dict[tuple[str, str], tuple[str, float]] = {}  # by user and model; until when it is good
 
     async def visible(self, owner: str) -> list[Model]:
         """Base models first, then the user's own tuned ones, the newest first."""
@@ -66,6 +70,20 @@ class Models:
             raise errors.ModelNotFound(f"no model '{model_id[:200]}': {there}", param="model")
         return found
 
+    async def base_of(self, owner: str, model_id: str) -> str:
+        """The base model behind a model, for a live request: answered from memory for MEMORY_S. Raises ModelNotFound.
+
+        What this process deletes is forgotten at once.
+        """
+        now, key = time.monotonic(), (owner, model_id)
+        base, good_until = self._bases_known.get(key, ("", 0.0))
+        if now >= good_until:
+            base = (await self.resolve(owner, model_id)).base
+            if len(self._bases_known) >= MOST_REMEMBERED:
+                self._bases_known.clear()
+            self._bases_known[key] = (base, now + MEMORY_S)
+        return base
+
     async def delete(self, owner: str, model_id: str) -> None:
         """Raises ModelNotFound, and InvalidRequest for a base model."""
         model = await self.resolve(owner, model_id)
@@ -75,6 +93,7 @@ class Models:
         async with self._store.write() as db:
             gone = delete(models).where(models.c.id == model_id, models.c.owner == owner)
             adapter = (await db.execute(gone.returning(models.c.adapter))).scalar_one_or_none()
+            self._bases_known.clear()
             if adapter is None:
                 return
             shas = [f["sha256"] for f in adapter["files"]]

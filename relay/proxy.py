@@ -18,11 +18,12 @@ import wire
 from relay import errors
 from relay.gpu_client import GpuAnswer, GpuClient
 from relay.gpus import Gpus
-from relay.streams import STREAM_HEADERS, caller_gone
+from relay.streams import STREAM_HEADERS, Endings
 from relay.transport import Endpoint
 
 log = logging.getLogger("relay.proxy")
 
+BUSY = (429, 503)  # of a gpu: full, or about to stop; another one, or the same one later, will do
 TRIES = 2  # gpus asked before the first byte of an answer; from that byte on there is no other gpu
 STOP_GRACE_S = 1.0  # what is nearly done may end when the relay stops
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is no stream
@@ -61,11 +62,11 @@ class Proxy:
     def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event) -> None:
         self._gpus = gpus
         self._client = client
-        self._stopping = stopping
+        self._endings = Endings(stopping, STOP_GRACE_S)
 
     def forward(self, ask: Ask) -> Response:
         """A response which asks a gpu when it is sent. Raises Unavailable then, before anything went out."""
-        return _Forwarded(lambda: self.open(ask), self._stopping)
+        return _Forwarded(lambda: self.open(ask), self._endings)
 
     async def open(self, ask: Ask, chosen: Callable[[Endpoint], None] = lambda _: None) -> Opened:
         """An answer whose first byte is here, from the first gpu that gives one; `chosen` hears of each that is asked.
@@ -95,9 +96,12 @@ class Proxy:
             headers = {**ask.headers, wire.HEADER_CALLER: ask.caller}
             answer = await call.wait(self._client.send(to, ask.method, ask.target, ask.body, headers))
             held.callback(answer.close)
+            if answer.status >= 500 and answer.status not in BUSY:
+                call.worked = False
             chunks = call.chunks(answer.chunks())
             first = await anext(chunks, b"")
             if not first:
+                call.worked = False
                 raise errors.GpuUnreachable(f"gpu {to.name!r} closed the connection without an answer. Try again.")
             if answer.is_stream:
                 return Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
@@ -139,28 +143,18 @@ async def whole_frames(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncItera
 
 
 class _Forwarded(Response):
-    def __init__(self, open_answer: Callable[[], Awaitable[Opened]], stopping: asyncio.Event) -> None:
+    """Runs in the task that serves the caller, which is cancelled when they leave, or the relay stops."""
+
+    def __init__(self, open_answer: Callable[[], Awaitable[Opened]], endings: Endings) -> None:
         self._open_answer = open_answer
-        self._stopping = stopping
+        self._endings = endings
         self._streaming = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._pass_on(send))
-        gone = asyncio.create_task(caller_gone(receive))
-        stop = asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait({work, gone, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not gone.done():
-                await asyncio.wait({work, gone}, timeout=STOP_GRACE_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left = gone.done()
-            for task in (work, gone, stop):
-                task.cancel()
-            await asyncio.gather(work, gone, stop, return_exceptions=True)  # the gpu's connection is closed after this
-        if not work.cancelled():
-            work.result()
-        elif not left:
+        async with self._endings.watched(receive) as early:
+            await self._pass_on(send)
+        if early.why == "stopping":
             stopping = errors.Stopping("the relay is being restarted: send the request again in a moment")
             if not self._streaming:
                 raise stopping

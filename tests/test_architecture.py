@@ -21,7 +21,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["generations", "proxy", "dispatcher"],
         ["shapes", "models", "files", "bodies", "page"],
         ["sessions", "limits", "accounts", "leases", "gpus", "jobs"],
-        ["gpu_client", "calls"],
+        ["gpu_client", "calls", "roster", "breaker"],
         ["dialout", "transport", "sweep"],
         ["blobs", "store"],
         ["tables"],

@@ -12,7 +12,9 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wire
 from relay import errors
+from relay.breaker import FAILURES, FIRST_OPEN_S, LONGEST_OPEN_S
 from relay.proxy import whole_frames
 from tests.relay.conftest import Relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, cut, say_fine, start_stream
@@ -211,6 +213,7 @@ async def test_a_tunnels_page_is_a_503_and_never_an_answer(relay: Relay, gpu: Do
     gpu.answer = tunnel
     for showing in PAGES:
         page, means = showing[2:]
+        relay.clock.advance(LONGEST_OPEN_S)  # the breaker lets one request through again
         await gpu.until_reachable()
         response = await chat(relay, stream=stream)
         assert response.status_code == 503, page
@@ -218,6 +221,92 @@ async def test_a_tunnels_page_is_a_503_and_never_an_answer(relay: Relay, gpu: Do
         assert means in error_of(response)["message"]
         assert "<html>" not in response.text
         assert int(response.headers["retry-after"]) > 0
+
+
+async def fail_500(request: web.Request, body: bytes) -> web.StreamResponse:
+    return web.json_response({"error": {"message": "a fault"}}, status=500)
+
+
+async def breaker_of(relay: Relay) -> str:
+    (gpu,) = (await relay.http.get("/api/gpus")).json()["data"]
+    return str(gpu["breaker"])
+
+
+async def test_a_gpu_that_only_fails_is_left_alone_and_then_tried_with_one_request(
+    relay: Relay, gpu: DoubleGpu
+) -> None:
+    gpu.answer = fail_500
+    for _ in range(FAILURES):
+        assert await breaker_of(relay) == "closed"
+        assert (await chat(relay)).status_code == 500
+    assert await breaker_of(relay) == "open"
+    assert error_of(await chat(relay))["code"] == "no_gpu"
+    assert len(gpu.prompts) == FAILURES
+    relay.clock.advance(FIRST_OPEN_S)
+    await gpu.beat(wire.HeldLease(job_id="nobody's", fence=1))
+    assert await breaker_of(relay) == "half-open"
+    go_on = asyncio.Event()
+
+    async def wait(request: web.Request, body: bytes) -> web.StreamResponse:
+        await go_on.wait()
+        return await say_fine(request, body)
+
+    gpu.answer = wait
+    probe = asyncio.create_task(chat(relay))
+    await until(lambda: len(gpu.prompts) == FAILURES + 1)
+    assert error_of(await chat(relay))["code"] == "no_gpu"  # one at a time
+    go_on.set()
+    assert (await probe).status_code == 200
+    assert await breaker_of(relay) == "closed"
+
+
+async def test_a_callers_errors_and_leaving_never_open_the_breaker(relay: Relay, gpu: DoubleGpu) -> None:
+    async def refuse(request: web.Request, _: bytes) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "too long"}}, status=400)
+
+    async def think(request: web.Request, _: bytes) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    for _ in range(FAILURES + 1):
+        gpu.answer = refuse
+        assert (await chat(relay)).status_code == 400
+        gpu.answer, asked = think, len(gpu.prompts)
+        gpu.left.clear()
+        asking = asyncio.create_task(chat(relay))
+        await until(lambda asked=asked: len(gpu.prompts) > asked)  # type: ignore[misc]
+        asking.cancel()
+        await asyncio.wait_for(gpu.left.wait(), 1)
+    assert await breaker_of(relay) == "closed"
+
+
+async def test_a_new_epoch_starts_with_a_closed_breaker(relay: Relay, gpu: DoubleGpu) -> None:
+    gpu.answer = fail_500
+    for _ in range(FAILURES):
+        await chat(relay)
+    assert await breaker_of(relay) == "open"
+    gpu.answer = say_fine
+    await gpu.enrol()
+    await gpu.until_reachable()
+    assert await breaker_of(relay) == "closed"
+    assert (await chat(relay)).status_code == 200
+
+
+async def test_a_request_by_the_way_of_an_old_epoch_ends_though_the_gpu_beats_on(relay: Relay, gpu: DoubleGpu) -> None:
+    async def hang(request: web.Request, _: bytes) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    gpu.answer = hang
+    asking = asyncio.create_task(chat(relay))
+    await until(lambda: gpu.prompts)
+    gpu.answer = say_fine
+    await gpu.enrol()
+    relay.clock.advance(relay.settings.alive_s + 0.1)
+    await gpu.until_reachable()
+    response = await asyncio.wait_for(asking, 3)  # another way to it may have been found by then
+    assert response.status_code in (200, 503)
+    await asyncio.wait_for(gpu.left.wait(), 1)
 
 
 async def test_a_redirect_is_not_followed(relay: Relay, gpu: DoubleGpu) -> None:
