@@ -110,7 +110,9 @@ class Connection(asyncio.Protocol):
 
 async def connect(target: Target) -> Connection:
     parts = urlsplit(target.url)
-    _, connection = await asyncio.get_running_loop().create_connection(Connection, parts.hostname, parts.port)
+    _, connection = await asyncio.get_running_loop().create_connection(
+        Connection, str(parts.hostname), parts.port or 80
+    )
     return connection
 
 
