@@ -200,7 +200,6 @@ def run(
     named = _named(full, lora)
     parameters = list(named.values())
     rows = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora], dropout=True)
-    judged = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora])  # no dropout: as it is served
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
     step = tokens = validations = 0
@@ -224,7 +223,7 @@ def run(
             total_loss = 0.0
             for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
                 with torch.no_grad():
-                    loss = summed_loss(decoder, judged, job.validation.batch(micro, pad_id=0), lowest, device)
+                    loss = summed_loss(decoder, rows, job.validation.batch(micro, pad_id=0), lowest, device)
                 total_loss += loss.item() / job.validation.report.learned_tokens
                 yield Progress(step, tokens)
                 if wanted():

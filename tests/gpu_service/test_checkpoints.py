@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import wire
+from demo import gpt2
 from gpu_service import checkpoints, decoder, layers, train
 from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
 from gpu_service.device import Device
 from gpu_service.errors import BadCheckpoint
-from gpu_service.models import Base
+from gpu_service.models import Base, Models
 from tests.gpu_service.test_train import FULL, LORA, ROWS, job
 
 JOB = "a" * 64
@@ -81,6 +82,29 @@ def test_a_run_resumed_from_its_files_is_the_run_that_never_stopped_to_the_bit(
     assert isinstance(trained, train.Trained)
     assert isinstance(resumed, train.Trained)
     assert same(trained, resumed)
+
+
+@pytest.mark.parametrize("spec", [LORA, wire.LayerSpec(method="full", layers="last:2")], ids=["lora", "full"])
+def test_dropout_goes_on_where_it_was(spec: wire.LayerSpec, cpu: Device, rows_file: Path, tmp_path: Path) -> None:
+    """The demo GPT-2 drops a share of its activations: each step's losses depend on the random state."""
+    folder = Path(gpt2.__file__).parent / "model"
+    base = Models((f"demo-gpt2={folder}",), cpu).load("demo-gpt2")
+    assert base.source.config.resid_pdrop > 0
+    wanted = job(base, cpu, rows_file, tmp_path / "rows", spec, n_epochs=1, micro_batch_rows=2)
+    losses, trained = run(wanted, base, cpu)
+    before, state = run(wanted, base, cpu, stop=after(2))
+    assert isinstance(state, train.State)
+    cache = BlobCache(tmp_path / "blobs", 2**30)
+    saved = checkpoints.save(cache, JOB, stored(state, wanted.plan))
+    found = checkpoints.load(saved, lambda ref: cache.path(ref.sha256) or Path(), JOB, wanted.selection)
+    rest, resumed = run(wanted, base, cpu, start=found.state)
+    assert before + rest == losses
+    assert isinstance(trained, train.Trained)
+    assert isinstance(resumed, train.Trained)
+    assert same(trained, resumed)
+    found.state.tensors[train.CPU_RANDOM] = torch.Generator().manual_seed(99).get_state()
+    other, _ = run(wanted, base, cpu, start=found.state)
+    assert other != rest, "without the random state the losses would differ: the test would prove nothing"
 
 
 def test_a_state_is_a_copy_that_further_steps_leave_alone(
