@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import getpass
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ import frames
 from relay import errors, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
+from relay.passwords import Passwords
 from relay.settings import Settings
 from relay.store import Store
 
@@ -114,6 +116,12 @@ async def _create_key(accounts: Accounts, _: Store, args: argparse.Namespace) ->
     rules = Rules(scopes, expires_at, args.requests_per_minute)
     key_id, key = await accounts.create_key(args.user, args.name, rules)
     print(f"{key_id} for user '{args.user}', shown this once:\n{key}")
+
+
+async def _set_password(accounts: Accounts, store: Store, args: argparse.Namespace) -> None:
+    ask = getpass.getpass if sys.stdin.isatty() else lambda _: sys.stdin.readline().rstrip("\n")
+    await Passwords(store, accounts, time.time).set(args.name, ask(f"new password of '{args.name}': "))
+    print(f"the password of '{args.name}' is set; sessions that were opened with an old one are over")
 
 
 async def _list_keys(accounts: Accounts, _: Store, __: argparse.Namespace) -> None:
@@ -236,6 +244,10 @@ def _parser() -> argparse.ArgumentParser:
     revoke = keys.add_parser("revoke", help="a key stops working within a second")
     revoke.add_argument("id")
     revoke.set_defaults(command=_revoke_key)
+    people = commands.add_parser("users", help="people").add_subparsers(required=True, metavar="WHAT")
+    password = people.add_parser("password", help="set a password, read from the terminal or one line of input")
+    password.add_argument("name", help="the user, made if there is none")
+    password.set_defaults(command=_set_password)
     commands.add_parser("gpus", help="every gpu that enrolled").set_defaults(command=_show_gpus)
     commands.add_parser("jobs", help=f"the last {JOBS_SHOWN} jobs").set_defaults(command=_show_jobs)
     return parser

@@ -111,7 +111,7 @@ class Accounts:
             done = await db.execute(update(keys).where(keys.c.id == ADMIN_KEY_ID).values(**row))
             if not done.rowcount:
                 await db.execute(insert(keys).values(id=ADMIN_KEY_ID, owner=owner, created_at=now, **row))
-        self._forget()
+        self.forget()
 
     async def user_of(self, authorization: str | None) -> User:
         """Whose key this header carries. Raises InvalidKey."""
@@ -154,7 +154,8 @@ class Accounts:
             self._remembered[sha256] = held
         return held
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Keys have changed: each is looked up again."""
         self._changes += 1
         self._remembered.clear()
 
@@ -182,8 +183,7 @@ class Accounts:
 
     async def create_key(self, user: str, name: str | None = None, rules: Rules | None = None) -> tuple[str, str]:
         """Its id and the key. Makes the user if there is none. Raises InvalidRequest for a name that can't be."""
-        if not re.fullmatch(r"[\w.@-]{1,100}", user):
-            raise errors.InvalidRequest("a user's name is 1 to 100 letters, digits, '.', '_', '-' or '@'", param="user")
+        _check_name(user)
         key, key_id = KEY_PREFIX + secrets.token_urlsafe(32), f"key-{secrets.token_hex(6)}"
         async with self._store.write() as db:
             owner = await self._user_id(db, user)
@@ -193,6 +193,12 @@ class Accounts:
                 limits = {"expires_at": rules.expires_at, "requests_per_minute": rules.requests_per_minute}
                 await db.execute(insert(key_rules).values(key_id=key_id, scopes=list(rules.scopes), **limits))
         return key_id, key
+
+    async def make_user(self, name: str) -> str:
+        """Its id, whether it is new or not. Raises InvalidRequest for a name that can't be."""
+        _check_name(name)
+        async with self._store.write() as db:
+            return await self._user_id(db, name)
 
     async def list_keys(self) -> list[Key]:
         query = (
@@ -214,7 +220,7 @@ class Accounts:
         async with self._store.write() as db:
             mark = update(keys).where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
             done = await db.execute(mark.values(revoked_at=self._clock()))
-        self._forget()
+        self.forget()
         if not done.rowcount:
             raise errors.NotFound(f"no key '{key_id}' that is still good: 'python -m relay keys list' shows them")
 
@@ -224,6 +230,11 @@ class Accounts:
             found = f"user-{secrets.token_hex(8)}"
             await db.execute(insert(users).values(id=found, name=name, created_at=self._clock()))
         return found
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[\w.@-]{1,100}", name):
+        raise errors.InvalidRequest("a user's name is 1 to 100 letters, digits, '.', '_', '-' or '@'", param="user")
 
 
 def _rules(row: Any) -> Rules:

@@ -22,6 +22,7 @@ from relay.jobs import Jobs
 from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
+from relay.passwords import MAX_CHARS, Passwords
 from relay.proxy import Ask
 from relay.sessions import COOKIE, SESSION_S, Sessions, check_same_site
 from relay.settings import Settings
@@ -45,6 +46,16 @@ class SignIn(_Asked):
     key: str = Field(min_length=1, max_length=500)
 
 
+class SignInByPassword(_Asked):
+    name: str = Field(min_length=1, max_length=100)
+    password: str = Field(min_length=1, max_length=MAX_CHARS)
+
+
+class NewPassword(_Asked):
+    password: str = Field(max_length=MAX_CHARS)
+    current: str | None = Field(default=None, max_length=MAX_CHARS)
+
+
 class NewKey(_Asked):
     name: str | None = Field(default=None, max_length=100)
     user: str | None = Field(default=None, max_length=100)  # the admin may make keys for others
@@ -65,6 +76,7 @@ class UiApi:
     sessions: Sessions
     limits: Limits
     accounts: Accounts
+    passwords: Passwords
     gpus: Gpus
     jobs: Jobs
     models: Models
@@ -83,6 +95,9 @@ class UiApi:
 
     async def object(self, request: Request) -> dict[str, Any]:
         return parse_object(await read_body(request, self.settings.max_body_bytes))
+
+    def address(self, request: Request) -> str:
+        return request.client.host if request.client else ""
 
     def stream(self, generation: Generation, after: int) -> EventStream:
         return EventStream(self.generations.frames(generation, after), self.stopping)
@@ -103,8 +118,13 @@ def _session(routes: APIRouter, api: UiApi) -> None:
     async def sign_in(request: Request) -> JSONResponse:
         """A key for a cookie, so that the key need not lie in the browser."""
         check_same_site(request.headers)  # or another site could sign its visitors in as somebody else
-        asked = parse(SignIn, await api.object(request))
-        token, user = await api.sessions.open(asked.key)
+        body = await api.object(request)
+        if "key" in body:
+            token, user = await api.sessions.open(parse(SignIn, body).key)
+        else:
+            by = parse(SignInByPassword, body)
+            key_sha256 = await api.passwords.check(by.name, by.password, api.address(request))
+            token, user = await api.sessions.open_by_hash(key_sha256)
         response = JSONResponse(_me(user))
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, token, int(SESSION_S), httponly=True, samesite="strict", secure=secure)
@@ -121,6 +141,23 @@ def _session(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/me")
     async def me(request: Request) -> JSONResponse:
         return JSONResponse(_me(await api.user(request)))
+
+    @routes.put("/me/password")
+    async def set_password(request: Request) -> JSONResponse:
+        """Ends every session that was opened by password, this one too."""
+        user = await api.user(request, "admin")
+        if user.rules.limited:
+            raise errors.Forbidden("a key with limits sets no password: sign in with one that has none")
+        asked = parse(NewPassword, await api.object(request))
+        if await api.passwords.has(user.id):
+            if asked.current is None:
+                raise errors.InvalidRequest("current: give the password that holds now", param="current")
+            try:
+                await api.passwords.check(user.name, asked.current, api.address(request))
+            except errors.InvalidKey as exc:
+                raise errors.Forbidden("current: this is not the password", param="current") from exc
+        await api.passwords.set(user.name, asked.password)
+        return JSONResponse({"changed": True})
 
 
 def _me(user: User) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from relay.leases import Leases
 from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
+from relay.passwords import Passwords
 from relay.proxy import Proxy
 from relay.sessions import Sessions
 from relay.settings import Settings, secret
@@ -71,6 +72,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping)
     proxy = Proxy(gpus, client, stopping)
+    passwords = Passwords(store, accounts, clock)
     sessions, limits = Sessions(store, accounts, clock), Limits(clock)
     generations = Generations(proxy, gpus)
     page = Page(settings.page_dir)
@@ -117,7 +119,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     )
     app.include_router(
         api_ui.router(
-            api_ui.UiApi(sessions, limits, accounts, gpus, jobs, models, generations, page, settings, stopping, clock)
+            api_ui.UiApi(
+                sessions, limits, accounts, passwords, gpus, jobs, models, generations, page, settings, stopping, clock
+            )
         )
     )
     app.add_exception_handler(errors.RelayError, _render)

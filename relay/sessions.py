@@ -49,9 +49,13 @@ class Sessions:
 
     async def open(self, key: str) -> tuple[str, User]:
         """A new session's token, and whose it is. Raises InvalidKey."""
-        user = await self._accounts.user_of(f"Bearer {key}")
+        return await self.open_by_hash(_sha256(key.strip()))
+
+    async def open_by_hash(self, key_sha256: str) -> tuple[str, User]:
+        """For the key with this hash. Raises InvalidKey."""
+        user = await self._accounts.user_of_hash(key_sha256)
         now, token = self._clock(), secrets.token_urlsafe(32)
-        row = {"sha256": _sha256(token), "key_sha256": _sha256(key.strip())}
+        row = {"sha256": _sha256(token), "key_sha256": key_sha256}
         async with self._store.write() as db:
             await db.execute(delete(sessions).where(sessions.c.expires_at <= now))
             await db.execute(insert(sessions).values(**row, created_at=now, expires_at=now + SESSION_S))

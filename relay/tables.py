@@ -53,6 +53,14 @@ key_rules = Table(
     Column("requests_per_minute", Integer),
 )
 
+passwords = Table(
+    "passwords",  # of users who have one
+    metadata,
+    Column("user_id", ForeignKey("users.id", ondelete="CASCADE"), primary_key=True),
+    Column("argon2", String(200), nullable=False),
+    Column("changed_at", Float, nullable=False),
+)
+
 sessions = Table(
     "sessions",  # of the page: a cookie in place of a key
     metadata,

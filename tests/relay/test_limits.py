@@ -126,7 +126,8 @@ async def test_limits_are_listed_and_what_can_not_be_one_is_refused(relay: Relay
     assert listed["scopes"] == ["generate", "train"]
     assert listed["expires_at"] == pytest.approx(clock() + 60)
     assert listed["requests_per_minute"] == 5
-    for limits in ({"scopes": []}, {"scopes": ["all"]}, {"expires_in_s": 0}, {"requests_per_minute": 0}):
+    bad: list[dict[str, Any]] = [{"scopes": []}, {"scopes": ["all"]}, {"expires_in_s": 0}, {"requests_per_minute": 0}]
+    for limits in bad:
         assert (await relay.http.post("/api/keys", json=limits)).status_code == 400, limits
 
 
@@ -146,4 +147,4 @@ def test_what_is_kept_about_keys_is_bounded(clock: Clock) -> None:
     rules = Rules(requests_per_minute=1)
     for number in range(MOST_KEPT + 10):
         limits.take(User("user-1", "bora", f"key-{number}", rules))
-    assert len(limits._buckets) == MOST_KEPT
+    assert len(limits.kept) == MOST_KEPT
