@@ -24,7 +24,7 @@ from relay.models import Models
 from relay.page import Page
 from relay.passwords import MAX_CHARS, Passwords
 from relay.proxy import Ask
-from relay.sessions import COOKIE, SESSION_S, Sessions, check_same_site
+from relay.sessions import SESSION_S, Sessions, check_same_site, cookie_name
 from relay.settings import Settings
 from relay.store import Clock
 from relay.streams import DONE, EventStream
@@ -88,7 +88,7 @@ class UiApi:
 
     async def user(self, request: Request, scope: Scope | None = None) -> User:
         """Raises InvalidKey, Forbidden, MissingScope."""
-        user = await self.sessions.caller(request.headers)
+        user = await self.sessions.caller(request.headers, secure=request.url.scheme == "https")
         if scope:
             user.need(scope)
         return user
@@ -127,15 +127,18 @@ def _session(routes: APIRouter, api: UiApi) -> None:
             token, user = await api.sessions.open_by_hash(key_sha256)
         response = JSONResponse(_me(user))
         secure = request.url.scheme == "https"
-        response.set_cookie(COOKIE, token, int(SESSION_S), httponly=True, samesite="strict", secure=secure)
+        name = cookie_name(request.headers, secure)
+        response.set_cookie(name, token, int(SESSION_S), httponly=True, samesite="strict", secure=secure)
         return response
 
     @routes.delete("/session")
     async def sign_out(request: Request) -> JSONResponse:
         check_same_site(request.headers)
-        await api.sessions.close(request.headers)
+        secure = request.url.scheme == "https"
+        await api.sessions.close(request.headers, secure=secure)
         response = JSONResponse({"deleted": True})
-        response.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=request.url.scheme == "https")
+        name = cookie_name(request.headers, secure)
+        response.delete_cookie(name, httponly=True, samesite="strict", secure=secure)
         return response
 
     @routes.get("/me")

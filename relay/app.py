@@ -44,7 +44,16 @@ from relay.transport import ByTunnel, TunnelTransport
 log = logging.getLogger("relay.app")
 
 ENROL_PREFIX = "enrol-"
-HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+HEADERS = (  # of every answer that does not say otherwise
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
+)
+BY_HTTPS = ((b"strict-transport-security", b"max-age=31536000"),)
 
 
 def prepare(settings: Settings) -> tuple[str, str]:
@@ -182,10 +191,14 @@ class RequestLine:
             nonlocal status, request_id
             if message["type"] == "http.response.start":
                 status = message["status"]
-                given = dict(message.get("headers", ())).get(b"x-request-id")
-                own = () if given else ((b"x-request-id", request_id.encode()),)
+                given = {name.lower() for name, _ in message.get("headers", ())}
+                own = [(b"x-request-id", request_id.encode()), *HEADERS]
+                own += BY_HTTPS if scope["scheme"] == "https" else ()
                 left = state.get("headers", ())  # of the caller's limits, where there are any
-                message = {**message, "headers": [*message.get("headers", ()), *own, *HEADERS, *left]}
+                message = {
+                    **message,
+                    "headers": [*message.get("headers", ()), *(h for h in own if h[0] not in given), *left],
+                }
             await send(message)
 
         try:

@@ -6,6 +6,7 @@ not say that another site is asking. The rule is the same for every route and me
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from relay.accounts import Accounts, User
 from relay.store import Clock, Store
 from relay.tables import sessions
 
-COOKIE = "imfine_session"
+COOKIE = "imfine_session"  # and the port: browsers send a host's cookies to all of its ports
 PAGE_HEADER = "x-imfine-page"
 SESSION_S = 30 * 24 * 3600.0
 
@@ -29,9 +30,9 @@ class Sessions:
         self._accounts = accounts
         self._clock = clock
 
-    async def caller(self, headers: Mapping[str, str]) -> User:
-        """Raises InvalidKey, Forbidden."""
-        authorization, token = headers.get("authorization"), _token(headers)
+    async def caller(self, headers: Mapping[str, str], *, secure: bool) -> User:
+        """`secure`: it came by https. Raises InvalidKey, Forbidden."""
+        authorization, token = headers.get("authorization"), _token(headers, secure)
         if authorization is not None or token is None or PAGE_HEADER not in headers:
             return await self._accounts.user_of(authorization)
         check_same_site(headers)
@@ -61,8 +62,8 @@ class Sessions:
             await db.execute(insert(sessions).values(**row, created_at=now, expires_at=now + SESSION_S))
         return token, user
 
-    async def close(self, headers: Mapping[str, str]) -> None:
-        if token := _token(headers):
+    async def close(self, headers: Mapping[str, str], *, secure: bool) -> None:
+        if token := _token(headers, secure):
             async with self._store.write() as db:
                 await db.execute(delete(sessions).where(sessions.c.sha256 == _sha256(token)))
 
@@ -78,8 +79,17 @@ def check_same_site(headers: Mapping[str, str]) -> None:
         raise errors.Forbidden(f"a session works from this relay's own page only, which sends '{PAGE_HEADER}'")
 
 
-def _token(headers: Mapping[str, str]) -> str | None:
-    return cookie_parser(headers.get("cookie", "")).get(COOKIE)
+def cookie_name(headers: Mapping[str, str], secure: bool) -> str:
+    """Over https with the prefix that keeps neighbouring hosts from setting it.
+
+    https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Set-Cookie#cookie_prefixes
+    """
+    port = re.search(r":([0-9]{1,5})$", headers.get("host", ""))
+    return f"{'__Host-' if secure else ''}{COOKIE}{'_' + port[1] if port else ''}"
+
+
+def _token(headers: Mapping[str, str], secure: bool) -> str | None:
+    return cookie_parser(headers.get("cookie", "")).get(cookie_name(headers, secure))
 
 
 def _sha256(text: str) -> str:

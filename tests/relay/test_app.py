@@ -70,6 +70,12 @@ async def test_every_answer_has_a_request_id_and_every_error_the_one_shape(relay
         assert response.status_code == status, path
         assert response.headers["x-request-id"].startswith("req-")
         assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["x-frame-options"] == "DENY"
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
+        for name in ("cross-origin-opener-policy", "cross-origin-resource-policy"):
+            assert response.headers.get_list(name) == ["same-origin"]
+        assert "camera=()" in response.headers["permissions-policy"]
+        assert "strict-transport-security" not in response.headers  # it did not come by https
         if status >= 400:
             assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 

@@ -1,6 +1,7 @@
 """The page's session: what a cookie may do, and what another site may not do with it."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -23,7 +24,7 @@ async def browser(relay: Relay) -> AsyncIterator[httpx2.AsyncClient]:
 async def test_the_cookie_is_out_of_reach_of_scripts_and_of_other_sites(relay: Relay) -> None:
     response = await relay.http.post("/api/session", json={"key": ADMIN_KEY}, headers=PAGE)
     cookie = response.headers["set-cookie"]
-    assert cookie.startswith(f"{COOKIE}=")
+    assert cookie.startswith(f"{COOKIE}_{relay.http.base_url.port}=")
     assert "HttpOnly" in cookie
     assert "SameSite=strict" in cookie
     assert ADMIN_KEY not in cookie
@@ -72,9 +73,8 @@ async def test_its_own_origin_is_let_in(relay: Relay, browser: httpx2.AsyncClien
 
 
 async def test_signing_out_ends_the_session_for_good(relay: Relay, browser: httpx2.AsyncClient) -> None:
-    token = browser.cookies[COOKIE]
+    again = {**PAGE, "cookie": "; ".join(f"{name}={token}" for name, token in browser.cookies.items())}
     assert (await browser.delete("/api/session")).status_code == 200
-    again = {**PAGE, "cookie": f"{COOKIE}={token}"}
     del relay.http.headers["authorization"]
     assert (await relay.http.get("/api/me", headers=again)).status_code == 401
 
@@ -100,15 +100,44 @@ async def test_a_session_ends_with_its_key(relay: Relay, browser: httpx2.AsyncCl
 async def test_a_new_admin_key_ends_the_sessions_of_the_old_one(
     tmp_path: object, relay: Relay, browser: httpx2.AsyncClient
 ) -> None:
-    token = browser.cookies[COOKIE]
+    (token,) = browser.cookies.values()
     async with running_relay(
         relay.settings.data_dir, relay.clock, admin_key="sk-fine-another-key-of-the-admin"
     ) as after:
         del after.http.headers["authorization"]
-        response = await after.http.get("/api/me", headers={**PAGE, "cookie": f"{COOKIE}={token}"})
+        cookie = f"{COOKIE}_{after.http.base_url.port}={token}"
+        response = await after.http.get("/api/me", headers={**PAGE, "cookie": cookie})
         assert response.status_code == 401
 
 
 async def test_the_admin_sees_what_a_gpu_needs_to_join(relay: Relay, browser: httpx2.AsyncClient) -> None:
     answer = (await browser.get("/api/enrol-token")).json()
     assert answer == {"relay_url": relay.url, "token": relay.settings.enrol_token}
+
+
+async def test_two_relays_on_one_host_do_not_sign_each_other_out(
+    tmp_path: Path, relay: Relay, browser: httpx2.AsyncClient
+) -> None:
+    async with running_relay(tmp_path / "other", relay.clock) as other:
+        await browser.post(f"{other.url}/api/session", json={"key": ADMIN_KEY})
+        assert len(browser.cookies) == 2
+        for url in (relay.url, other.url):
+            assert (await browser.get(f"{url}/api/me")).status_code == 200
+        await browser.delete(f"{other.url}/api/session")
+        assert (await browser.get("/api/me")).status_code == 200
+
+
+async def test_by_https_the_cookie_has_the_hosts_prefix_and_only_that_one_counts(relay: Relay) -> None:
+    https = {**PAGE, "x-forwarded-proto": "https", "host": "fine.example", "origin": "https://fine.example"}
+    response = await relay.http.post("/api/session", json={"key": ADMIN_KEY}, headers=https)
+    cookie = response.headers["set-cookie"]
+    assert cookie.startswith(f"__Host-{COOKIE}=")
+    assert "Secure" in cookie
+    assert "Path=/;" in cookie
+    assert "domain" not in cookie.lower()
+    assert response.headers["strict-transport-security"] == "max-age=31536000"
+    token = cookie.partition("=")[2].partition(";")[0]
+    del relay.http.headers["authorization"]
+    for name, status in ((f"__Host-{COOKIE}", 200), (COOKIE, 401)):
+        answer = await relay.http.get("/api/me", headers={**https, "cookie": f"{name}={token}"})
+        assert answer.status_code == status
