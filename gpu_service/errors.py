@@ -17,6 +17,7 @@
     ├── BadBlob               502   what was fetched is not what its hash promised
     ├── BadCheckpoint         502   damaged, or another job's: the one before it is used
     ├── OutOfMemory           503
+    ├── ModelUnreadable       503   a drive that went away, or files that are cut
     └── Stopping              503
 
 Rendered once, in app.py; a job's error travels in the same terms (`wire.JobError`).
@@ -129,6 +130,11 @@ class BadCheckpoint(GpuError):
 
 class OutOfMemory(GpuError):
     status, type, code = 503, "server_error", "out_of_memory"
+    retry = True
+
+
+class ModelUnreadable(GpuError):
+    status, type, code = 503, "server_error", "model_unreadable"
     retry = True
 
 

@@ -6,24 +6,23 @@ Safetensors only: no pickle is ever loaded, and no code from a model's repositor
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import wire
+from gpu_service import hub
 from gpu_service.costs import Estimate, estimate, weights_bytes
 from gpu_service.device import Device
-from gpu_service.errors import NoSuchModel, OutOfMemory, UnsupportedModel
+from gpu_service.errors import ModelUnreadable, NoSuchModel, OutOfMemory, UnsupportedModel
 from gpu_service.layers import Selection, TensorInfo, gpt2_tensors, llama_tensors
 from gpu_service.quantize import Quantized
 from gpu_service.settings import BadSetting
@@ -40,7 +39,6 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 DEFAULT_STOP = ("\nUser:",)
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 # Buffers that old checkpoints carry: RoPE's frequencies, GPT-2's causal masks. They follow from the config.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^(transformer\.)?h\.[0-9]+\.attn\.(masked_)?bias$")
 # GPT-2 keeps its linear maps transposed, and queries, keys and values as one (Conv1D).
@@ -121,9 +119,17 @@ class Base:
 class Models:
     """What this gpu offers. `load` belongs to the device thread; the rest may be called from anywhere."""
 
-    def __init__(self, names: tuple[str, ...], device: Device, hf_token: str | None = None) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        device: Device,
+        hf_token: str | None = None,
+        folder: Path | None = None,
+        tell: Callable[[hub.Download], None] = lambda _: None,
+    ) -> None:
+        """`folder` keeps what comes from the hub; `tell` hears how far that is, in this thread."""
         self._device = device
-        self._sources = {s.id: s for s in (find(name, hf_token) for name in names)}
+        self._sources = {s.id: s for s in (find(name, hf_token, folder, tell) for name in names)}
         self._loaded: dict[str, Base] = {}
         # Held otherwise than what serves, for as long as a training holds on to them.
         self._lent: WeakValueDictionary[tuple[str, str], Base] = WeakValueDictionary()
@@ -177,7 +183,12 @@ class Models:
         return read_base(source, self._device, quantize)
 
 
-def find(name: str, hf_token: str | None = None) -> Source:
+def find(
+    name: str,
+    hf_token: str | None = None,
+    kept: Path | None = None,
+    tell: Callable[[hub.Download], None] = lambda _: None,
+) -> Source:
     """`name` is a hub id, a folder, or `id=folder`. Raises BadSetting, for it comes from GPU_MODELS."""
     id, _, path = name.rpartition("=")
     if id or Path(path).is_dir():
@@ -185,25 +196,11 @@ def find(name: str, hf_token: str | None = None) -> Source:
         if not folder.is_dir():
             raise BadSetting(f"GPU_MODELS names '{name}', and there is no folder '{path}'")
     else:
-        folder, revision = _download(name, hf_token), "hub"
+        folder, revision = hub.fetch(name, hf_token, kept, tell), "hub"
     try:
         return _open(id or (name if revision else folder.resolve().name), folder, revision is not None)
     except UnsupportedModel as exc:
         raise BadSetting(f"GPU_MODELS names '{name}': {exc.message}") from exc
-
-
-def _download(name: str, hf_token: str | None) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, token=hf_token))
-    except RepositoryNotFoundError as exc:
-        raise BadSetting(
-            f"GPU_MODELS names '{name}': the hub has no such model, or it needs an HF_TOKEN that may read it"
-        ) from exc
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as exc:
-        raise BadSetting(
-            f"GPU_MODELS names '{name}': it is no folder here, and the hub did not give it ({type(exc).__name__}). "
-            "Check the name and the network, or give a folder."
-        ) from exc
 
 
 def _open(id: str, folder: Path, from_hub: bool) -> Source:
@@ -301,19 +298,32 @@ def _stop_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def read_base(source: Source, device: Device, quantize: wire.Quantize = "none") -> Base:
-    """The checkpoint's tensors by name, on the device and in its precision; each is packed as soon as it is read."""
+    """The checkpoint's tensors by name, on the device and in its precision; each is packed as soon as it is read.
+
+    Raises ModelUnreadable.
+    """
     weights: dict[str, Tensor] = {}
     quantized: dict[str, Quantized] = {}
     packed = {t.name for t in source.tensors if t.quantisable}
-    for file in _weight_files(source.folder):
-        with safe_open(file, framework="pt", device=str(device.torch)) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if not IGNORED_TENSORS.search(name):
-                    tensor = tensors.get_tensor(name).to(device.precision.dtype)
-                    for held, part in as_held(source.family, name, tensor):
-                        if quantize != "none" and held in packed:
-                            quantized[held] = Quantized(part, quantize)
-                        elif held in source.shapes:
-                            weights[held] = part
+    for name, tensor in _tensors(source, device):
+        if quantize != "none" and name in packed:
+            quantized[name] = Quantized(tensor, quantize)
+        elif name in source.shapes:
+            weights[name] = tensor
     assert all(torch.is_floating_point(w) for w in weights.values())
     return Base(source, weights, quantize, quantized)
+
+
+def _tensors(source: Source, device: Device) -> Iterator[tuple[str, Tensor]]:
+    try:
+        for file in _weight_files(source.folder):
+            with safe_open(file, framework="pt", device=str(device.torch)) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if not IGNORED_TENSORS.search(name):
+                        tensor = tensors.get_tensor(name).to(device.precision.dtype)
+                        yield from as_held(source.family, name, tensor)
+    except (OSError, SafetensorError, UnsupportedModel) as exc:
+        raise ModelUnreadable(
+            f"The weights of {source.id} can't be read from {source.folder} ({exc}): see that the drive is mounted and "
+            "the files are whole, then start again."
+        ) from exc

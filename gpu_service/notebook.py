@@ -91,7 +91,8 @@ def _serve(given: dict[str, str]) -> NoReturn:
             thread.check()
             if lone:
                 lone.check()
-            screen.show(_rendered(thread.service.status(), settings, lone, place))
+            status = thread.service.status()
+            screen.show(_rendered(status, settings, lone, place) if status else _starting(thread.service))
             time.sleep(REFRESH_S)
 
 
@@ -237,9 +238,13 @@ def _as_html(text: str) -> str:
     return f"<pre>{linked}</pre>"
 
 
-def _rendered(status: Status | None, settings: Settings, lone: LoneRelay | None, place: Place) -> str:
-    if status is None:
-        return "Starting: the model is being loaded ... 모델을 불러오는 중 ..."
+def _starting(service: Service) -> str:
+    if service.download and service.download.done_bytes < service.download.total_bytes:
+        return f"Downloading {service.download} ... 모델을 내려받는 중 ..."
+    return "Starting: the model is being loaded ... 모델을 불러오는 중 ..."
+
+
+def _rendered(status: Status, settings: Settings, lone: LoneRelay | None, place: Place) -> str:
     d = status.device
     used = f"{(d.memory_bytes - d.free_bytes) / 1e9:.1f} of {d.memory_bytes / 1e9:.1f} GB in use"
     lines = [

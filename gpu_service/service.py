@@ -26,8 +26,9 @@ from gpu_service.app import Parts, Tuned, create_app
 from gpu_service.artifacts import BlobCache, atomic_file
 from gpu_service.device import Device
 from gpu_service.dialout import DialOut
-from gpu_service.errors import RelayUnavailable
+from gpu_service.errors import GpuError, RelayUnavailable
 from gpu_service.gate import Gate
+from gpu_service.hub import Download
 from gpu_service.job import Jobs, JobView
 from gpu_service.lease import Often
 from gpu_service.link import Link, NotEnrolled
@@ -95,6 +96,7 @@ class Service:
         self._jobs: Jobs | None = None
         self._tunnel: Kept | None = None
         self.goodbye = "stopped by its owner"
+        self.download: Download | None = None  # of a model, while it is starting
 
     @property
     def key_file(self) -> Path:
@@ -130,7 +132,9 @@ class Service:
         instance = kept_secret(settings.data_dir / "instance", None, "")
         device = self._device = devices.choose(settings)
         log.info("%s in %s: %s", device.name, device.precision.name, device.precision.why)
-        models = self._models = await asyncio.to_thread(Models, settings.models, device, settings.hf_token)
+        models = self._models = await asyncio.to_thread(
+            Models, settings.models, device, settings.hf_token, settings.models_dir, self._downloading
+        )
         cache = BlobCache(settings.data_dir / "blobs", settings.blob_cache_bytes)
         worker = self._worker = Worker(settings, device, models)
         active = lambda: worker.active_requests  # noqa: E731
@@ -145,7 +149,10 @@ class Service:
             worker.start()
             stack.push_async_callback(asyncio.to_thread, worker.stop)
             for model in models.ids():
-                await worker.load(model)
+                try:
+                    await worker.load(model)
+                except GpuError as exc:
+                    raise BadSetting(f"GPU_MODELS names '{model}': {exc.message}") from exc
             identity = link.identity if link else lambda: None
             app = create_app(
                 Parts(
@@ -190,6 +197,9 @@ class Service:
             done, _ = await asyncio.wait(lasting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+
+    def _downloading(self, download: Download) -> None:
+        self.download = download
 
     async def _say_goodbye(self, link: Link) -> None:
         await link.goodbye(self.goodbye)

@@ -27,6 +27,7 @@ TABLE: dict[str, str] = {
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
+    "GPU_MODELS_DIR": "Where models from the hub are kept, such as a mounted drive; not set: in `HF_HOME`.",
     "HF_TOKEN": "Hugging Face token, for models that ask for one.",
 }
 
@@ -60,6 +61,7 @@ class Settings:
     precision: str | None = None
     quantize: wire.Quantize = "none"
     hf_token: str | None = None
+    models_dir: Path | None = None
 
     max_body_bytes: int = 8 * 2**20
     max_waiting: int = 256  # generations under way or waiting; past it 429
@@ -130,6 +132,7 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
         precision=one_of("GPU_PRECISION", "fp32", "bf16", "fp16"),
         quantize=one_of("GPU_QUANTIZE", *QUANTIZE) or "none",
         hf_token=text("HF_TOKEN"),
+        models_dir=Path(models_dir) if (models_dir := text("GPU_MODELS_DIR")) else None,
     )
 
 

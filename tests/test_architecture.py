@@ -39,7 +39,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["llama", "gpt2"],
         ["rows", "cache"],
         ["models", "artifacts", "sampling", "detokenizer"],
-        ["quantize"],
+        ["quantize", "hub"],
         ["device", "costs", "layers", "scheduler"],
         ["settings", "errors"],
     ],
