@@ -24,7 +24,7 @@ from gpu_service.rows import Dials
 from gpu_service.sampling import Drawn, Sampling
 from gpu_service.text import Finish
 
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"} | {
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "wait_s"} | {
     "prompt_cache_retention",
     "parallel_tool_calls",
     "reasoning_effort",

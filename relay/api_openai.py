@@ -25,6 +25,7 @@ from relay.models import Model, Models
 from relay.proxy import Ask, Proxy
 from relay.sessions import Sessions
 from relay.settings import Settings
+from relay.waiting import MAX_WAIT_S, Waiting
 
 FORM_OVERHEAD_BYTES = 2**16  # what a form may be larger than its file
 MAX_ACCEPT_CHARS = 200  # a longer one is not passed on: it stands in a frame's head, which has a bound
@@ -46,6 +47,7 @@ class OpenAIApi:
     blobs: Blobs
     client: GpuClient
     proxy: Proxy
+    waiting: Waiting
     dispatcher: Dispatcher
     settings: Settings
 
@@ -58,13 +60,16 @@ class OpenAIApi:
             user.need(scope)
         return user
 
-    async def forward(self, request: Request, user: User, base: str, target: str, body: bytes = b"") -> Response:
+    async def forward(
+        self, request: Request, user: User, base: str, target: str, body: bytes = b"", wait_s: float = 0.0
+    ) -> Response:
         headers = {"x-request-id": request.state.request_id}
         if body:
             headers["content-type"] = "application/json"  # it was parsed as that
         if 0 < len(accept := request.headers.get("accept", "")) <= MAX_ACCEPT_CHARS:
             headers["accept"] = accept
-        return self.proxy.forward(Ask(user.id, base, request.method, target, body, headers))
+        ask = Ask(user.id, base, request.method, target, body, headers)
+        return self.waiting.forward(ask, wait_s) if wait_s else self.proxy.forward(ask)
 
     async def generate(self, request: Request) -> Response:
         """Raises InvalidKey, TooLarge, InvalidRequest, ModelNotFound; the gpu judges the rest of the body."""
@@ -74,7 +79,7 @@ class OpenAIApi:
         base = await self.models.base_of(user.id, string_field(fields, "model"))
         if not isinstance(fields.get("stream", False), bool | None):
             raise errors.InvalidRequest("stream: use true or false", param="stream")
-        return await self.forward(request, user, base, request.scope["path"], body)
+        return await self.forward(request, user, base, request.scope["path"], body, _wait_s(fields))
 
     async def refused_layers(self, model: Model, layers: list[dict[str, Any]]) -> Response | None:
         """A gpu's 400 about these layers; None if it accepts them, or none can be asked now."""
@@ -87,6 +92,18 @@ class OpenAIApi:
             self.gpus.mark_unreachable(to)
             return None
         return Response(body, 400, media_type="application/json") if status == 400 else None
+
+
+def _wait_s(fields: dict[str, Any]) -> float:
+    """How long a caller waits for a gpu. Raises InvalidRequest."""
+    wait_s = fields.get("wait_s")
+    if wait_s is None:
+        return 0.0
+    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not 0 <= wait_s <= MAX_WAIT_S:
+        raise errors.InvalidRequest(f"wait_s: use 0 to {MAX_WAIT_S:.0f} seconds", param="wait_s")
+    if wait_s and fields.get("stream") is not True:
+        raise errors.InvalidRequest("wait_s: needs 'stream': true, for only a stream can be kept open", param="wait_s")
+    return float(wait_s)
 
 
 def router(api: OpenAIApi) -> APIRouter:

@@ -40,6 +40,7 @@ from relay.settings import Settings, secret
 from relay.store import Clock, Store
 from relay.sweep import keep_sweeping
 from relay.transport import ByTunnel, TunnelTransport
+from relay.waiting import Waiting
 
 log = logging.getLogger("relay.app")
 
@@ -84,6 +85,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     passwords = Passwords(store, accounts, clock)
     sessions, limits = Sessions(store, accounts, clock), Limits(clock)
     generations = Generations(proxy, gpus)
+    waiting = Waiting(proxy, gpus)
     page = Page(settings.page_dir)
 
     @contextlib.asynccontextmanager
@@ -119,7 +121,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.include_router(
         api_openai.router(
             api_openai.OpenAIApi(
-                sessions, limits, gpus, jobs, files, models, blobs, client, proxy, dispatcher, settings
+                sessions, limits, gpus, jobs, files, models, blobs, client, proxy, waiting, dispatcher, settings
             )
         )
     )

@@ -53,6 +53,12 @@ class Opened:
     rest: AsyncIterator[bytes] | None  # whole frames, of a stream
     held: contextlib.ExitStack  # the connection, and the gpu's count of live requests
 
+    def head(self) -> list[tuple[bytes, bytes]]:
+        """The headers for the caller."""
+        headers = {name: value for name in PASSED_DOWN if (value := self.answer.headers.get(name))}
+        headers |= STREAM_HEADERS if self.rest else {"content-length": str(len(self.first))}
+        return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+
 
 class _BrokeOff(errors.GpuUnreachable):
     """After the first byte: asking another gpu would do the work twice."""
@@ -62,11 +68,11 @@ class Proxy:
     def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event) -> None:
         self._gpus = gpus
         self._client = client
-        self._endings = Endings(stopping, STOP_GRACE_S)
+        self.endings = Endings(stopping, STOP_GRACE_S)
 
     def forward(self, ask: Ask) -> Response:
         """A response which asks a gpu when it is sent. Raises Unavailable then, before anything went out."""
-        return _Forwarded(lambda: self.open(ask), self._endings)
+        return _Forwarded(lambda: self.open(ask), self.endings)
 
     async def open(self, ask: Ask, chosen: Callable[[Endpoint], None] = lambda _: None) -> Opened:
         """An answer whose first byte is here, from the first gpu that gives one; `chosen` hears of each that is asked.
@@ -163,10 +169,7 @@ class _Forwarded(Response):
     async def _pass_on(self, send: Send) -> None:
         opened = await self._open_answer()
         with opened.held:
-            headers = {name: value for name in PASSED_DOWN if (value := opened.answer.headers.get(name))}
-            headers |= STREAM_HEADERS if opened.rest else {"content-length": str(len(opened.first))}
-            raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-            await send({"type": "http.response.start", "status": opened.answer.status, "headers": raw})
+            await send({"type": "http.response.start", "status": opened.answer.status, "headers": opened.head()})
             if opened.rest is None:
                 await send({"type": "http.response.body", "body": opened.first})
                 return

@@ -18,7 +18,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["__main__", "celery_app"],
         ["app"],
         ["api_openai", "api_gpu", "api_ui"],
-        ["generations", "proxy", "dispatcher"],
+        ["generations", "waiting", "proxy", "dispatcher"],
         ["shapes", "models", "files", "bodies", "page"],
         ["sessions", "passwords", "limits", "accounts", "leases", "gpus", "jobs"],
         ["gpu_client", "calls", "roster", "breaker"],

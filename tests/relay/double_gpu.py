@@ -52,6 +52,7 @@ class DoubleGpu:
     def __init__(self, relay_url: str, enrol_token: str, now: Callable[[], float], models: Sequence[str]) -> None:
         self.answer: Answer = say_fine
         self.layers: Answer = say_layers
+        self.loaded = True
         self.proves = True  # whether it can answer the challenge
         self.prompts: list[bytes] = []  # bodies of generations, as they came
         self.headers: list[dict[str, str]] = []
@@ -72,7 +73,8 @@ class DoubleGpu:
 
     def offered(self) -> list[wire.OfferedModel]:
         return [
-            wire.OfferedModel(id=m, family="llama", n_layers=4, context_tokens=128, loaded=True) for m in self._models
+            wire.OfferedModel(id=m, family="llama", n_layers=4, context_tokens=128, loaded=self.loaded)
+            for m in self._models
         ]
 
     def enrol_request(self, leases: Sequence[wire.HeldLease] = (), url: str | None = None) -> wire.EnrolRequest:
