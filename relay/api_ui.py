@@ -249,6 +249,23 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
             )
         return JSONResponse({"object": "list", "data": data, "has_more": False})
 
+    @routes.post("/gpus/{gpu_id}/drain")
+    async def drain(gpu_id: str, request: Request) -> JSONResponse:
+        """No new live requests for it from this process; those that run go on to their end. DELETE takes it back."""
+        await admin(request)
+        await api.gpus.drain(gpu_id)
+        return JSONResponse({"id": gpu_id, "draining": True})
+
+    @routes.delete("/gpus/{gpu_id}/drain")
+    async def undrain(gpu_id: str, request: Request) -> JSONResponse:
+        await admin(request)
+        await api.gpus.drain(gpu_id, on=False)
+        return JSONResponse({"id": gpu_id, "draining": False})
+
+    async def admin(request: Request) -> None:
+        if not (await api.user(request, "admin")).is_admin:
+            raise errors.Forbidden("only the admin drains gpus")
+
     @routes.get("/enrol-token")
     async def enrol_token(request: Request) -> JSONResponse:
         """What a notebook needs to join; it lets a gpu in, so it is the admin's alone."""

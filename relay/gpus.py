@@ -312,8 +312,10 @@ class Gpus:
         breaker = self._breakers.get(gpu_id)
         return breaker.state(self._clock()) if breaker and breaker.epoch == epoch else "closed"
 
-    def drain(self, gpu_id: str, *, on: bool = True) -> None:
-        """It gets no new live requests, until told otherwise or gone; those that run go on to their end."""
+    async def drain(self, gpu_id: str, *, on: bool = True) -> None:
+        """No new live requests, until told otherwise or gone; those that run go on to their end. Raises NotFound."""
+        if gpu_id not in {gpu.to.gpu_id for gpu in await self._roster.alive()}:
+            raise errors.NotFound(f"no gpu '{gpu_id[:50]}' is alive: GET /api/gpus names those that are")
         (self._draining.add if on else self._draining.discard)(gpu_id)
 
     def is_draining(self, gpu_id: str) -> bool:

@@ -153,6 +153,8 @@ class _Waited(Response):
             await _end_with(send, stopping.body())
 
     async def _pass_on(self, send: Send) -> None:
+        comments: asyncio.Task[None] | None = None
+
         async def joined() -> None:
             nonlocal comments
             head = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
@@ -162,7 +164,6 @@ class _Waited(Response):
             await send({"type": "http.response.body", "body": COMMENT, "more_body": True})
             comments = asyncio.create_task(_comment(send))
 
-        comments: asyncio.Task[None] | None = None
         try:
             opened = await self._waiting.at_once(self._ask)
             opened = opened or await self._waiting.opened(self._ask, self._wait_s, joined)

@@ -309,6 +309,27 @@ async def test_a_request_by_the_way_of_an_old_epoch_ends_though_the_gpu_beats_on
     await asyncio.wait_for(gpu.left.wait(), 1)
 
 
+async def test_a_draining_gpu_ends_what_runs_and_gets_nothing_new(relay: Relay, gpu: DoubleGpu) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(request: web.Request, body: bytes) -> web.StreamResponse:
+        await go_on.wait()
+        return await say_fine(request, body)
+
+    gpu.answer = wait
+    running = asyncio.create_task(chat(relay))
+    await until(lambda: gpu.prompts)
+    drain = f"/api/gpus/{gpu.by.gpu_id}/drain"
+    assert (await relay.http.post(drain)).json()["draining"] is True
+    assert (await relay.http.get("/api/gpus")).json()["data"][0]["draining"] is True
+    assert error_of(await chat(relay))["code"] == "no_gpu"
+    go_on.set()
+    assert (await running).status_code == 200
+    assert (await relay.http.delete(drain)).json()["draining"] is False
+    assert (await chat(relay)).status_code == 200
+    assert (await relay.http.post("/api/gpus/nobody/drain")).status_code == 404
+
+
 async def test_a_redirect_is_not_followed(relay: Relay, gpu: DoubleGpu) -> None:
     async def elsewhere(request: web.Request, _: bytes) -> web.StreamResponse:
         raise web.HTTPTemporaryRedirect(f"{relay.url}/healthz")
