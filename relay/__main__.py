@@ -68,7 +68,10 @@ def serve(config: Settings) -> int:
         taken = exc.errno == errno.EADDRINUSE
         reason = "is taken: stop what uses it or set RELAY_PORT" if taken else f"can't be used: {exc.strerror}"
         return _complain(f"port {config.port} on {config.host} {reason}")
-    prepare(config)
+    status = asyncio.run(_with_database(config, _look, argparse.Namespace()))
+    if status:
+        listener.close()
+        return status
     app = create_app(config)
     options = uvicorn.Config(
         app,
@@ -108,6 +111,10 @@ def _listen(config: Settings) -> socket.socket:
 
 
 # --- the other commands: they read and write the same database, with or without a relay running ---
+
+
+async def _look(_: Accounts, __: Store, ___: argparse.Namespace) -> None:
+    """Opening the database was all: what is wrong with it is said in one line, not in a traceback."""
 
 
 async def _create_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:

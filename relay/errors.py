@@ -17,6 +17,7 @@ RelayError
 ├── TooLarge              413  a body over its limit
 ├── TooMany               429  more at once than one user may have
 │   └── RateLimited            more a minute than this key may have
+├── NewerDatabase         500  at the start only: a later version of the relay has been here
 └── Unavailable           503  try again later
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
@@ -153,3 +154,7 @@ class GpuUnreachable(Unavailable):
 
 class Stopping(Unavailable):
     code = "relay_stopping"
+
+
+class NewerDatabase(RelayError):
+    """Met by whoever starts the relay, never by a caller."""

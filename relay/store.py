@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Connection, event, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from relay import tables
+from relay import migrate
 
 BUSY_TIMEOUT_MS = 10_000  # another process (the command line) may be writing
 
@@ -29,8 +29,13 @@ class Store:
             event.listen(self._engine.sync_engine, "begin", _begin_sqlite)
 
     async def open(self) -> None:
-        async with self.write() as db:
-            await db.run_sync(tables.metadata.create_all)
+        """Brings the database to this version's tables. Raises NewerDatabase."""
+        migrator = self._engine.execution_options(relay_write=True, relay_migrates=True)
+        try:
+            async with self._turn, migrator.begin() as db:
+                await db.run_sync(migrate.forwards)
+        finally:
+            await self._engine.dispose()  # its connection does not check foreign keys
 
     async def close(self) -> None:
         await self._engine.dispose()
@@ -59,6 +64,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
+    if connection.get_execution_options().get("relay_migrates", False):
+        connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # a table is changed by copying it; not possible later
     # A transaction that reads first and writes later could not be granted the lock then: take it at once.
     writes = connection.get_execution_options().get("relay_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -24,7 +24,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["gpu_client", "calls", "roster", "breaker"],
         ["dialout", "transport", "sweep"],
         ["blobs", "store"],
-        ["tables"],
+        ["migrate", "tables"],
         ["settings", "errors", "streams"],
     ],
     "gpu_service": [

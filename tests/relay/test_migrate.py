@@ -1,0 +1,132 @@
+"""Databases of every age come to this version's tables, and lose nothing."""
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+
+from relay import errors, migrate, tables
+from relay.store import Store
+from tests.conftest import ROOT
+
+
+async def opened(path: Path) -> None:
+    store = Store(f"sqlite+aiosqlite:///{path}")
+    try:
+        await store.open()
+    finally:
+        await store.close()
+
+
+def execute(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+
+
+def rows(path: Path, query: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(path)) as db:
+        return db.execute(query).fetchall()
+
+
+def before_migrations(path: Path) -> None:
+    """As a relay left it before there were migrations, and before keys had rules."""
+    engine = create_engine(f"sqlite:///{path}")
+    tables.metadata.create_all(engine)
+    engine.dispose()
+    execute(path, "DROP TABLE key_rules", "INSERT INTO users (id, name, created_at) VALUES ('user-1', 'ada', 1.5)")
+
+
+async def test_the_migrations_lead_to_exactly_the_tables(tmp_path: Path) -> None:
+    await opened(tmp_path / "relay.db")
+    engine = create_engine(f"sqlite:///{tmp_path / 'relay.db'}")
+    with engine.connect() as db:
+        assert compare_metadata(MigrationContext.configure(db), tables.metadata) == []
+    engine.dispose()
+
+
+async def test_a_database_from_before_migrations_keeps_its_rows_and_gets_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "relay.db"
+    before_migrations(path)
+    await opened(path)
+    assert rows(path, "SELECT id, name, created_at FROM users") == [("user-1", "ada", 1.5)]
+    assert rows(path, "SELECT count(*) FROM key_rules") == [(0,)]
+    assert rows(path, "SELECT version_num FROM alembic_version") == [(migrate.revisions()[-1],)]
+
+
+async def test_a_database_is_copied_before_it_is_changed_and_only_then(tmp_path: Path) -> None:
+    path, copy = tmp_path / "relay.db", tmp_path / "relay.db.before-migration"
+    await opened(path)
+    await opened(path)
+    assert not copy.exists()
+    execute(path, "DROP TABLE alembic_version", "INSERT INTO users (id, name, created_at) VALUES ('user-1', 'ada', 1)")
+    await opened(path)
+    assert rows(copy, "SELECT name FROM users") == [("ada",)]
+    assert rows(copy, "SELECT name FROM sqlite_master WHERE name = 'alembic_version'") == []
+    assert copy.stat().st_mode & 0o077 == 0
+
+
+async def test_a_database_of_a_later_version_is_refused_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "relay.db"
+    await opened(path)
+    execute(path, "UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(errors.NewerDatabase, match="9999"):
+        await opened(path)
+    assert rows(path, "SELECT version_num FROM alembic_version") == [("9999",)]
+
+
+def test_the_relay_does_not_start_on_a_later_database_and_says_so_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "relay.db"
+    asyncio.run(opened(path))
+    execute(path, "UPDATE alembic_version SET version_num = '9999'")
+    ended = subprocess.run(
+        [sys.executable, "-m", "relay", "serve"],
+        cwd=ROOT,
+        env={
+            "PATH": os.environ["PATH"],
+            "RELAY_DATA_DIR": str(tmp_path / "data"),
+            "RELAY_DATABASE_URL": f"sqlite+aiosqlite:///{path}",
+            "RELAY_PORT": "0",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "9999" in ended.stderr
+
+
+async def test_a_migration_that_would_break_a_reference_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "relay.db"
+    before_migrations(path)
+    execute(
+        path,
+        "INSERT INTO keys (id, owner, sha256, prefix, created_at) VALUES ('key-1', 'nobody', 'x', 'y', 1)",
+    )
+    with pytest.raises(errors.RelayError, match="point nowhere"):
+        await opened(path)
+    assert rows(path, "SELECT name FROM sqlite_master WHERE name IN ('alembic_version', 'key_rules')") == []
+
+
+def test_a_database_that_is_up_to_date_does_not_load_alembic(tmp_path: Path) -> None:
+    code = (
+        "import asyncio, sys\nfrom relay.store import Store\n"
+        "async def main():\n    store = Store(sys.argv[1])\n    await store.open()\n    await store.close()\n"
+        "asyncio.run(main())\nprint('alembic' in sys.modules)"
+    )
+    url = f"sqlite+aiosqlite:///{tmp_path / 'relay.db'}"
+    said = [
+        subprocess.run([sys.executable, "-c", code, url], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert said == ["True\n", "False\n"]
