@@ -39,6 +39,7 @@ class Line:
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._waiting: list[_Place] = []
+        self._front: _Place | None = None  # who is first; None: to be found out, for the line has changed
         self.moved = asyncio.Event()
 
     def join(self, caller: str) -> _Place:
@@ -49,11 +50,13 @@ class Line:
             raise errors.NoGpu("too many wait for this model: try again later")
         place = _Place(caller, next(self._numbers))
         self._waiting.append(place)
+        self._front = None
         return place
 
     def leave(self, place: _Place) -> None:
         if place in self._waiting:
             self._waiting.remove(place)
+            self._front = None
             moved, self.moved = self.moved, asyncio.Event()
             moved.set()
 
@@ -61,6 +64,7 @@ class Line:
         """At the place that the time of asking gives: a gpu was chosen for it in vain."""
         if place not in self._waiting:
             self._waiting.append(place)
+            self._front = None
 
     def order(self) -> list[_Place]:
         of_caller: Counter[str] = Counter()
@@ -71,7 +75,9 @@ class Line:
         return [place for _, _, place in sorted(turns, key=lambda turn: turn[:2])]
 
     def is_first(self, place: _Place) -> bool:
-        return self.order()[:1] == [place]
+        if self._front is None and self._waiting:
+            self._front = self.order()[0]  # once for all who ask
+        return self._front is place
 
     def is_empty(self) -> bool:
         return not self._waiting
