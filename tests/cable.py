@@ -22,7 +22,7 @@ class Cable:
         self._plugged = True
         self._passing = asyncio.Event()
         self._passing.set()
-        self._cut_in: Direction | None = None
+        self._cut_in: tuple[Direction, bytes] | None = None
         self._flip_in: tuple[Direction, bytes] | None = None
         self._page = b""
         self.url = ""
@@ -62,10 +62,10 @@ class Cable:
         for end in self._open:
             end.transport.abort()
 
-    def cut_in_the_middle(self, direction: Direction) -> None:
-        """Of whatever comes next that way: the first half of it passes."""
+    def cut_in_the_middle(self, direction: Direction, of: bytes = b"") -> None:
+        """Of whatever comes next that way, or next with these words in it: the first half of it passes."""
         self.spoiled.clear()
-        self._cut_in = direction
+        self._cut_in = (direction, of)
 
     def flip(self, direction: Direction, after: bytes) -> None:
         """One bit of the first byte that comes that way behind `after`, which must come in one piece with it."""
@@ -163,7 +163,7 @@ class Cable:
 
     async def _spoil(self, direction: Direction, data: bytes, writer: asyncio.StreamWriter) -> bytes:
         await self._passing.wait()
-        if self._cut_in == direction:
+        if self._cut_in and self._cut_in[0] == direction and self._cut_in[1] in data:
             self._cut_in = None
             writer.write(data[: len(data) // 2])
             await writer.drain()

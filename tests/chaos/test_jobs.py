@@ -1,25 +1,31 @@
 """Jobs whose gpu, network or owner does the worst: each ends once, with what it would have had anyway."""
 
+import asyncio
 import hashlib
 import json
 import signal
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file
 
-from tests.chaos.world import Way, World
+import wire
+from tests.chaos.world import PATIENCE_S, Way, World
 from tests.conftest import TINY
 from tests.end_to_end.test_kills import ROWS
+from tests.relay.double_gpu import BASE, DONE, FRAMES, held, result_of
 
 OVER = ("succeeded", "failed", "cancelled")
 
 
-async def start_job(world: World, n_epochs: int, key: str | None = None) -> str:
+async def start_job(world: World, n_epochs: int, model: str = TINY) -> str:
     """20 steps an epoch."""
     client = world.openai
     file = await client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
     job = await client.fine_tuning.jobs.create(
-        model=TINY,
+        model=model,
         training_file=file.id,
         seed=3,
         hyperparameters={"n_epochs": n_epochs, "batch_size": 2},
@@ -137,3 +143,132 @@ async def test_a_gpu_stopped_past_its_lease_and_continued_writes_nothing_more_an
     refused = [line for line in world.relay.log.splitlines() if f"/gpu/jobs/{job_id}" in line and " 409 " in line]
     assert refused
     assert not list((first.folder / "data/jobs").iterdir()), "what it had of the job is gone"
+
+
+async def test_a_gpu_that_dies_in_the_middle_of_an_upload_leaves_nothing_half_and_another_ends_the_job(
+    world: World,
+) -> None:
+    cable = await world.cable_to_relay()
+    first = await world.gpu("first", GPU_RELAY_URL=cable.url)
+    await world.until_reachable("first")
+    cable.cut_in_the_middle("forth", of=RESULT)
+    job_id = await start_job(world, n_epochs=1)
+    await asyncio.wait_for(cable.spoiled.wait(), PATIENCE_S)
+    await first.kill()
+    await world.gpu("second")
+    job = await until_status(world, job_id, *OVER)
+    assert job.status == "succeeded", job.error
+    ended_once(world, job_id)
+    assert world.half_stored() == []
+    assert {path.name for path in world.blobs()} == named(world)
+
+
+async def test_an_upload_that_is_cut_goes_on_and_costs_no_attempt(world: World) -> None:
+    cable = await world.cable_to_relay()
+    await world.gpu("first", GPU_RELAY_URL=cable.url)
+    await world.until_reachable("first")
+    cable.cut_in_the_middle("forth", of=RESULT)
+    job_id = await start_job(world, n_epochs=1)
+    await asyncio.wait_for(cable.spoiled.wait(), PATIENCE_S)
+    job = await until_status(world, job_id, *OVER)
+    assert (job.status, job.attempts) == ("succeeded", 0)
+    assert said(world, job_id, "Given to gpu") == 1
+    ended_once(world, job_id)
+    assert world.half_stored() == []
+
+
+async def test_a_byte_flipped_on_its_way_is_noticed_and_sent_again(world: World) -> None:
+    cable = await world.cable_to_relay()
+    await world.gpu("first", GPU_RELAY_URL=cable.url)
+    await world.until_reachable("first")
+    cable.flip("forth", after=RESULT)
+    job_id = await start_job(world, n_epochs=1)
+    await asyncio.wait_for(cable.spoiled.wait(), PATIENCE_S)
+    job = await until_status(world, job_id, *OVER)
+    assert job.status == "succeeded", job.error
+    ended_once(world, job_id)
+    for path in world.blobs():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+RESULT = b'lora_A.weight":{"'  # in the head of the adapter's file
+
+
+def named(world: World) -> set[str]:
+    """Blobs that something names."""
+    found = {row["sha256"] for row in world.rows("select sha256 from files")}
+    for row in world.rows("select json_extract(adapter, '$.files') as files from models"):
+        found |= {file["sha256"] for file in json.loads(row["files"])}
+    return found
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_of_two_results_at_once_one_counts(world: World, same: bool) -> None:
+    gpu = await world.double("http", fine)
+    job_id = await start_job(world, n_epochs=1, model=BASE)
+    grant = await gpu.next_grant()
+    blobs = [b"the trained tensors", b"the trained tensors" if same else b"others"]
+    for blob in blobs:
+        assert (await gpu.upload(grant, blob)).status_code == 200
+    answers = await asyncio.gather(*(gpu.finish(grant, result_of(grant, blob)) for blob in blobs for _ in range(3)))
+    statuses = [answer.status_code for answer in answers]
+    if same:
+        assert statuses == [200] * 6
+        assert len({answer.json()["fine_tuned_model"] for answer in answers}) == 1
+    else:
+        assert sorted(statuses) == [200] * 3 + [409] * 3
+    (model,) = world.rows("select json_extract(adapter, '$.files[0].sha256') as sha256 from models")
+    winner = blobs[0] if statuses[0] == 200 else blobs[1]
+    assert model["sha256"] == hashlib.sha256(winner).hexdigest()
+    assert said(world, job_id, "The job has succeeded") == 1
+
+
+@pytest.mark.parametrize("state", ["queued", "leased", "running", "finalizing"])
+async def test_a_job_is_cancelled_in_every_state_and_its_gpu_is_told_409(world: World, state: str) -> None:
+    gpu = await world.double("http", fine)
+    busy_with = await start_job(world, n_epochs=1, model=BASE) if state == "queued" else None
+    grant = await gpu.next_grant() if busy_with else None
+    job_id = await start_job(world, n_epochs=1, model=BASE)
+    if grant is None:
+        grant = await gpu.next_grant()
+        if state in ("running", "finalizing"):
+            event = wire.JobEvent(seq=0, at=time.time(), message="a tenth is done")
+            assert (await gpu.report(grant, event)).status_code == 200
+        if state == "finalizing":
+            assert (await gpu.upload(grant, b"half of it")).status_code == 200
+    assert world.rows("select status from jobs where id = ?", job_id) == [{"status": state}]
+    assert (await world.openai.fine_tuning.jobs.cancel(job_id)).status == "cancelled"
+    if state != "queued":
+        cancel = wire.CancelLease(job_id=job_id, fence=grant.fence)
+        assert cancel in (await gpu.beat(held(grant))).commands
+        refused = [
+            await gpu.report(grant),
+            await gpu.upload(grant, b"more"),
+            await gpu.finish(grant, result_of(grant, b"x")),
+        ]
+        assert [answer.status_code for answer in refused] == [409] * 3
+    again = await world.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    assert again.status_code == 409
+    assert (await job_of(world, job_id)).status == "cancelled"
+    assert world.rows("select id from models") == []
+    if busy_with:
+        assert (await gpu.succeed(grant)).status_code == 200, "the other job is untouched"
+    else:
+        next_id = await start_job(world, n_epochs=1, model=BASE)
+        assert (await gpu.next_grant()).job.job_id == next_id
+
+
+async def test_a_training_gpu_hears_of_a_cancel_and_takes_the_next_job(world: World) -> None:
+    gpu = await world.gpu("first")
+    await world.until_reachable("first")
+    long, waiting = await start_job(world, n_epochs=100), await start_job(world, n_epochs=1)
+    await until_step(world, long, 1)
+    assert (await world.openai.fine_tuning.jobs.cancel(long)).status == "cancelled"
+    assert (await until_status(world, waiting, *OVER)).status == "succeeded"
+    ended_once(world, waiting)
+    assert not [path for path in (gpu.folder / "data/jobs").iterdir() if long in path.name], "nothing half stays"
+
+
+async def fine(body: bytes) -> AsyncIterator[str]:
+    for frame in (*FRAMES, DONE):
+        yield frame

@@ -196,6 +196,10 @@ class World:
         only = b"GET /gpu/dial" if way == "dialled" else b""
         return await self._stack.enter_async_context(Cable.to(self.relay.url, only))
 
+    async def cable_to_relay(self) -> Cable:
+        """To be given as GPU_RELAY_URL: it spoils heartbeats, reports and uploads."""
+        return await self._stack.enter_async_context(Cable.to(self.relay.url))
+
     async def until_reachable(self, *names: str) -> None:
         async def all_are() -> bool:
             listed = (await self.http.get("/api/gpus")).json()["data"]
@@ -264,6 +268,12 @@ class World:
 
     def blob(self, sha256: str) -> Path:
         return self.folder / "relay/blobs" / sha256[:2] / sha256
+
+    def blobs(self) -> list[Path]:
+        return sorted((self.folder / "relay/blobs").glob("[0-9a-f][0-9a-f]/*"))
+
+    def half_stored(self) -> list[Path]:
+        return [p for p in (self.folder / "relay/blobs/incoming").rglob("*") if p.is_file() and p.name != "lock"]
 
     def memory_bytes(self) -> int:
         return int(psutil.Process(self.relay.process.pid).memory_info().rss)
