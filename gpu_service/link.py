@@ -248,7 +248,10 @@ class Link:
         """A file, unless the relay has it. Raises LeaseLost, RelayUnavailable, Refused."""
         if (await self._signed("HEAD", target)).status_code == 200:
             return
-        _checked(await self._signed("PUT", target, (path, sha256)))
+        response = await self._signed("PUT", target, (path, sha256))
+        if _code(response) == "blob_damaged":  # on its way: the next time it arrives
+            raise RelayUnavailable(f"The relay answers with status {response.status_code}: {_message(response)}.")
+        _checked(response)
 
     async def post(self, target: str, message: wire.Message) -> None:
         """Raises LeaseLost, RelayUnavailable, Refused."""

@@ -21,7 +21,8 @@ RelayError
 └── Unavailable           503  try again later
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
-    └── Stopping               this process is being restarted
+    ├── Stopping               this process is being restarted
+    └── DatabaseBusy           another process, such as the command line, has been writing for long
 """
 
 from collections.abc import Mapping
@@ -154,6 +155,10 @@ class GpuUnreachable(Unavailable):
 
 class Stopping(Unavailable):
     code = "relay_stopping"
+
+
+class DatabaseBusy(Unavailable):
+    code = "database_busy"
 
 
 class NewerDatabase(RelayError):

@@ -5,13 +5,15 @@ Knows the tables' schema, not what they mean.
 
 import asyncio
 import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from sqlalchemy import Connection, event, make_url
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from relay import migrate
+from relay import errors, migrate
 
 BUSY_TIMEOUT_MS = 10_000  # another process (the command line) may be writing
 
@@ -48,9 +50,15 @@ class Store:
 
     @contextlib.asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """All or nothing, and on disk when the block is left."""
-        async with self._turn, self._writer.begin() as db:
-            yield db
+        """All or nothing, and on disk when the block is left. Raises DatabaseBusy."""
+        try:
+            async with self._turn, self._writer.begin() as db:
+                yield db
+        except OperationalError as exc:
+            if getattr(exc.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            message = "the database is busy: another process has been writing to it for long. Try again in a moment."
+            raise errors.DatabaseBusy(message) from exc
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -1,0 +1,193 @@
+"""The relay itself: killed, restarted, starved of its database, and used by too many."""
+
+import asyncio
+import random
+import signal
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+import pytest
+
+import wire
+from tests.chaos.test_jobs import OVER, ended_once, events, job_of, said, start_job, until_status, until_step
+from tests.chaos.world import LEASE_S, PATIENCE_S, Way, World
+from tests.conftest import TINY
+from tests.relay.conftest import CHAT_ROW
+from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, held
+
+ASK: Any = {"model": TINY, "prompt": "Once upon a time", "max_tokens": 20, "temperature": 0}
+
+
+async def fine(body: bytes) -> AsyncIterator[str]:
+    for frame in (*FRAMES, DONE):
+        yield frame
+
+
+class Load:
+    """Callers who ask and upload all the time; what was acknowledged to them, they count on."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.answers: list[str] = []
+        self.files: dict[str, str] = {}
+        self.more = asyncio.Condition()
+
+    async def ask(self) -> None:
+        while True:
+            with suppress(httpx2.TransportError):
+                response = await self._world.http.post("/v1/completions", json=ASK)
+                assert response.status_code in (200, 503), response.text
+                if response.status_code == 200:
+                    self.answers.append(response.json()["choices"][0]["text"])
+                    await self._acknowledged()
+                    continue
+            await asyncio.sleep(0.05)
+
+    async def upload(self, who: int) -> None:
+        n = 0
+        while True:
+            n += 1
+            rows = CHAT_ROW.replace("Fine.", f"Fine, {who} {n}.") * 3
+            with suppress(httpx2.TransportError):
+                response = await self._world.http.post(
+                    "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", rows.encode())}
+                )
+                assert response.status_code in (200, 503), response.text
+                if response.status_code == 200:
+                    self.files[response.json()["id"]] = rows
+                    await self._acknowledged()
+            await asyncio.sleep(0.05)
+
+    async def _acknowledged(self) -> None:
+        async with self.more:
+            self.more.notify_all()
+
+    async def until_more(self, n: int) -> None:
+        """An answer and a file at least, and so many of both together."""
+        answers, files = len(self.answers), len(self.files)
+
+        def enough() -> bool:
+            fresh = len(self.answers) - answers, len(self.files) - files
+            return min(fresh) > 0 and sum(fresh) >= n
+
+        async with self.more:
+            await asyncio.wait_for(self.more.wait_for(enough), PATIENCE_S)
+
+
+@pytest.mark.long
+async def test_a_relay_killed_at_random_under_load_loses_nothing_that_was_acknowledged(world: World, way: Way) -> None:
+    chance = random.Random(7)
+    await world.gpu("first", way)
+    await world.until_reachable("first")
+    job_id = await start_job(world, n_epochs=100)
+    await until_step(world, job_id, 1)
+    load = Load(world)
+    callers = [asyncio.create_task(load.ask()) for _ in range(3)]
+    callers += [asyncio.create_task(load.upload(who)) for who in range(2)]
+    for _ in range(5):
+        await load.until_more(chance.randint(1, 12))
+        told = {event["id"]: event["message"] for event in events(world, job_id)}
+        await world.relay.stop(signal.SIGKILL)
+        await world.relay.start()
+        assert told.items() <= {event["id"]: event["message"] for event in events(world, job_id)}.items()
+    await load.until_more(10)
+    for caller in callers:
+        assert not caller.done(), caller.exception()
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    assert len(set(load.answers)) == 1, "an answer that came was not the whole one"
+    for file_id, rows in load.files.items():
+        assert (await world.http.get(f"/v1/files/{file_id}/content")).text == rows
+    job = await until_status(world, job_id, *OVER)
+    assert (job.status, job.attempts) == ("succeeded", 0), job.error
+    assert said(world, job_id, "Given to gpu") == 1
+    ended_once(world, job_id)
+    assert world.half_stored() == []
+
+
+async def test_after_a_restart_every_lease_has_a_full_term_of_grace(world: World) -> None:
+    gpu = await world.double("http", fine)
+    job_id = await start_job(world, n_epochs=1, model=BASE)
+    grant = await gpu.next_grant()
+    await world.relay.stop(signal.SIGKILL)
+    (lease,) = world.rows("select lease_until from jobs where id = ?", job_id)
+    await asyncio.sleep(max(0.0, lease["lease_until"] - time.time()))  # by its own clock the lease is over
+    began = time.time()
+    await world.relay.start()
+    (lease,) = world.rows("select lease_until, status, attempts from jobs where id = ?", job_id)
+    assert (lease["status"], lease["attempts"]) == ("leased", 0)
+    assert lease["lease_until"] >= began + LEASE_S
+    assert (await gpu.report(grant)).status_code == 200, "it goes on as if nothing had been"
+    assert (await gpu.beat(held(grant))).commands == []
+    assert (await gpu.succeed(grant)).status_code == 200
+    assert said(world, job_id, "waits for a gpu again") == 0
+    ended_once(world, job_id)
+
+
+async def test_while_another_process_writes_to_the_database_reads_go_on_and_writes_wait(world: World) -> None:
+    gpu = await world.double("http", fine)
+    job_id = await start_job(world, n_epochs=1, model=BASE)
+    grant = await gpu.next_grant()
+    await gpu.report(grant)
+    lock = sqlite3.connect(world.folder / "relay/relay.db", isolation_level=None)
+    lock.execute("begin immediate")
+    event = wire.JobEvent(seq=0, at=time.time(), message="written while it was locked")
+    writing = asyncio.create_task(gpu.report(grant, event))
+    assert (await asyncio.wait_for(job_of(world, job_id), 5)).status == "running"
+    response = await asyncio.wait_for(world.http.post("/v1/chat/completions", json={"model": BASE, "messages": []}), 5)
+    assert response.status_code == 200
+    assert not writing.done()
+    lock.execute("commit")
+    lock.close()
+    assert (await writing).status_code == 200
+    assert said(world, job_id, "written while it was locked") == 1
+
+
+@pytest.mark.long
+async def test_a_database_that_stays_locked_is_a_503_and_nothing_is_lost(world: World) -> None:
+    gpu = await world.double("http", fine)
+    job_id = await start_job(world, n_epochs=1, model=BASE)
+    grant = await gpu.next_grant()
+    lock = sqlite3.connect(world.folder / "relay/relay.db", isolation_level=None)
+    lock.execute("begin immediate")
+    event = wire.JobEvent(seq=0, at=time.time(), message="said again")
+    refused = await gpu.report(grant, event)
+    assert refused.status_code == 503, refused.text
+    assert int(refused.headers["retry-after"]) > 0
+    assert refused.json()["error"]["code"] == "database_busy"
+    lock.execute("rollback")
+    lock.close()
+    # The lease is over meanwhile, and somebody else's: the relay says so, and the job is not lost.
+    assert (await gpu.report(grant, event)).status_code in (200, 409)
+    assert (await job_of(world, job_id)).status in ("queued", "leased", "running")
+    assert world.relay.process.returncode is None
+
+
+@pytest.mark.long
+async def test_two_hundred_gpus_that_came_and_went_leave_the_relay_as_small_as_before(world: World) -> None:
+    sizes = []
+    for _ in range(4):
+        await asyncio.gather(*(come_and_go(world) for _ in range(50)))
+        sizes.append(world.memory_bytes())
+    assert (await world.http.get("/api/gpus")).status_code == 200
+    assert sizes[-1] - sizes[0] < 16e6, sizes
+    assert sizes[-1] - sizes[-2] < 4e6, sizes
+    assert world.rows("select count(*) as n from gpus")[0]["n"] == 200
+    metrics = await world.http.get("/metrics")
+    if metrics.status_code == 200:
+        assert "gpu-" not in metrics.text, "a label for each gpu that ever was"
+        assert len(metrics.text.splitlines()) < 2000
+
+
+async def come_and_go(world: World) -> None:
+    gpu = DoubleGpu(world.relay.url, world.relay.secret("enrol.token"), time.time, [BASE])
+    async with gpu.serving():
+        assert (await gpu.enrol()).status_code == 200
+        await gpu.until_reachable()
+        await world.http.post("/v1/chat/completions", json={"model": BASE, "messages": []})
+        goodbye = await gpu.call("POST", "/gpu/goodbye", wire.Goodbye(reason="the notebook ended"))
+        assert goodbye.status_code == 200
