@@ -13,6 +13,7 @@ import wire
 from relay import errors
 from relay.blobs import Blobs
 from relay.bodies import parse, parse_object, read_body
+from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
 from relay.gpus import Gpus
@@ -30,6 +31,7 @@ class GpuApi:
 
     gpus: Gpus
     leases: Leases
+    checkpoints: Checkpoints
     models: Models
     blobs: Blobs
     dispatcher: Dispatcher
@@ -60,6 +62,23 @@ class GpuApi:
 
 def router(api: GpuApi) -> APIRouter:
     routes = APIRouter(prefix="/gpu", tags=["gpu"])
+
+    async def promised(request: Request, sha256: str) -> wire.SignedBy:
+        """Who uploads this. Raises BadSignature, UnknownGpu."""
+        by, signed = await api.signed(request)
+        if signed != sha256:
+            raise errors.BadSignature("the signature is about another blob than the path: sign again")
+        return by
+
+    async def stored(request: Request, sha256: str, limit_bytes: int) -> JSONResponse:
+        async with api.blobs.incoming(limit_bytes) as incoming:
+            async for chunk in request.stream():
+                await incoming.write(chunk)
+            await incoming.finish()
+            if incoming.sha256 != sha256:
+                raise errors.InvalidRequest("the blob was damaged on its way: send it again", code="blob_damaged")
+            await api.blobs.keep(incoming)
+        return JSONResponse({"bytes": incoming.bytes})
 
     @routes.post("/enrol")
     async def enrol(request: Request) -> wire.EnrolReply:
@@ -134,18 +153,38 @@ def router(api: GpuApi) -> APIRouter:
 
     @routes.put("/jobs/{job_id}/blobs/{sha256}")
     async def put_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
-        by, promised = await api.signed(request)
-        if promised != sha256:
-            raise errors.BadSignature("the signature is about another blob than the path: sign again")
+        """Of the result."""
+        by = await promised(request, sha256)
         await api.leases.finalize(by, job_id, fence)
-        async with api.blobs.incoming(api.settings.max_adapter_bytes) as incoming:
-            async for chunk in request.stream():
-                await incoming.write(chunk)
-            await incoming.finish()
-            if incoming.sha256 != sha256:
-                raise errors.InvalidRequest("the blob was damaged on its way: send it again", code="blob_damaged")
-            await api.blobs.keep(incoming)
-        return JSONResponse({"bytes": incoming.bytes})
+        return await stored(request, sha256, api.settings.max_adapter_bytes)
+
+    @routes.head("/jobs/{job_id}/chunks/{sha256}")
+    async def has_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> Response:
+        return await has_blob(job_id, sha256, request, fence)
+
+    @routes.put("/jobs/{job_id}/chunks/{sha256}")
+    async def put_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
+        """Of a checkpoint that is on its way."""
+        by = await promised(request, sha256)
+        await api.leases.check_lease(by, job_id, fence)
+        return await stored(request, sha256, wire.MAX_CHUNK_BYTES)
+
+    @routes.post("/jobs/{job_id}/reserve")
+    async def reserve(job_id: str, request: Request) -> JSONResponse:
+        by, wanted = await api.message(request, wire.Reservation)
+        return JSONResponse({"reserved_bytes": await api.checkpoints.reserve(by, job_id, wanted)})
+
+    @routes.post("/jobs/{job_id}/checkpoints")
+    async def checkpoint(job_id: str, request: Request) -> JSONResponse:
+        by, said = await api.message(request, wire.CheckpointStored)
+        return JSONResponse({"kept": await api.checkpoints.store(by, job_id, said)})
+
+    @routes.post("/jobs/{job_id}/release")
+    async def release(job_id: str, request: Request) -> JSONResponse:
+        by, said = await api.message(request, wire.Release)
+        job = await api.leases.release(by, job_id, said)
+        api.dispatcher.wake()
+        return JSONResponse({"status": job.status})
 
     @routes.get("/blobs/{sha256}")
     async def get_blob(sha256: wire.Sha256, request: Request) -> StreamingResponse:

@@ -267,6 +267,27 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         rows, more = await api.jobs.events(user.id, job_id, shapes.event_number(after), limit)
         return JSONResponse(shapes.page(shapes.event, rows, more))
 
+    @routes.get("/fine_tuning/jobs/{job_id}/checkpoints")
+    async def job_checkpoints(job_id: str, request: Request) -> JSONResponse:
+        """Those that are kept: the last two and the best. None once the job is over."""
+        user = await api.user(request, "train")
+        rows = await api.jobs.checkpoints(user.id, job_id)
+        return JSONResponse(shapes.page(shapes.checkpoint, rows, False))
+
+    @routes.post("/fine_tuning/jobs/{job_id}/pause")
+    async def pause_job(job_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request, "train")
+        job, gpu_id = await api.jobs.pause(user.id, job_id)
+        api.dispatcher.ring(gpu_id)
+        return JSONResponse(shapes.job(job))
+
+    @routes.post("/fine_tuning/jobs/{job_id}/resume")
+    async def resume_job(job_id: str, request: Request) -> JSONResponse:
+        user = await api.user(request, "train")
+        job = await api.jobs.resume(user.id, job_id)
+        api.dispatcher.wake()
+        return JSONResponse(shapes.job(job))
+
     @routes.post("/fine_tuning/jobs/{job_id}/cancel")
     async def cancel_job(job_id: str, request: Request) -> JSONResponse:
         user = await api.user(request, "train")

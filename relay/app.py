@@ -22,6 +22,7 @@ import wire
 from relay import api_gpu, api_openai, api_ui, errors
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.blobs import Blobs
+from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
 from relay.files import Files
@@ -70,7 +71,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     """`app.state.dispatcher.stop()` ends what would last: held heartbeats and streams."""
     stopping = asyncio.Event()
     store = Store(settings.database)
-    blobs = Blobs(settings.data_dir / "blobs")
+    blobs = Blobs(settings.data_dir / "blobs", settings.min_free_bytes)
     transport = TunnelTransport(allow_loopback=settings.allow_loopback_gpus)
     dialout = DialOut()
     client = GpuClient(ByTunnel(transport, dialout), clock)
@@ -78,6 +79,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
+    checkpoints = Checkpoints(store, blobs, leases, settings, clock)
     files = Files(store, blobs, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping)
@@ -126,7 +128,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         )
     )
     app.include_router(
-        api_gpu.router(api_gpu.GpuApi(gpus, leases, models, blobs, dispatcher, settings, clock, dialout))
+        api_gpu.router(api_gpu.GpuApi(gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout))
     )
     app.include_router(
         api_ui.router(

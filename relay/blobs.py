@@ -5,6 +5,7 @@ Does not know who owns a blob or what is in it.
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import math
@@ -65,8 +66,9 @@ class Incoming:
 
 
 class Blobs:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, min_free_bytes: int = 0) -> None:
         self._root = root
+        self._min_free_bytes = min_free_bytes
         self._incoming_root = root / "incoming"
         self._incoming = self._incoming_root / secrets.token_hex(8)
         self._lock: IO[bytes] | None = None
@@ -89,6 +91,15 @@ class Blobs:
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._lock.close()
 
+    def check_room(self, bytes: int) -> None:
+        """Raises DiskFull if so much more would not fit."""
+        free_bytes = shutil.disk_usage(self._root).free - self._min_free_bytes
+        if bytes > free_bytes:
+            raise errors.DiskFull(
+                f"the relay's disk has room for {max(0, free_bytes):,} bytes more, and {bytes:,} are needed: "
+                "its administrator must make room"
+            )
+
     def path(self, sha256: str) -> Path:
         return self._root / sha256[:2] / sha256
 
@@ -101,10 +112,16 @@ class Blobs:
 
     @contextlib.asynccontextmanager
     async def incoming(self, limit_bytes: int) -> AsyncIterator[Incoming]:
-        """Write to it, finish it, then keep it or leave."""
+        """Write to it, finish it, then keep it or leave. Raises DiskFull, also in the middle."""
+        self.check_room(1)
         incoming = Incoming(self._incoming / secrets.token_hex(8), limit_bytes)
         try:
             yield incoming
+        except OSError as exc:
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            message = "the relay's disk is full: its administrator must make room, then send it again"
+            raise errors.DiskFull(message) from exc
         finally:
             incoming.close()
 

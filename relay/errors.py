@@ -96,6 +96,10 @@ class MissingScope(Forbidden):
     code = "missing_scope"
 
 
+class QuotaExceeded(Forbidden):
+    code = "quota_exceeded"
+
+
 class NotFound(RelayError):
     status = 404
     type = "invalid_request_error"
@@ -136,6 +140,13 @@ class RateLimited(TooMany):
     def __init__(self, message: str, headers: Mapping[str, str]) -> None:
         super().__init__(message)
         self.headers = headers
+
+
+class DiskFull(RelayError):
+    status = 507
+    type = "server_error"
+    code = "disk_full"
+    headers = {"x-should-retry": "false"}  # noqa: RUF012
 
 
 class Unavailable(RelayError):

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs as their owners see them: create, look, read events, cancel.
+"""Fine-tuning jobs as their owners see them: create, look, read events, pause, resume, cancel.
 
 Knows nothing of HTTP. What gpus and the dispatcher do to a job is in leases.py; the states are in tables.py.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
@@ -16,11 +16,12 @@ from relay import errors
 from relay.blobs import Blobs
 from relay.store import Clock, Store
 from relay.sweep import remove_unnamed
-from relay.tables import OPEN, files, job_events, jobs
+from relay.tables import LEASED, OPEN, checkpoints, files, job_events, jobs
 
 JobRow = Row[Any]
 EventRow = Row[Any]
-NO_LEASE: Mapping[str, None] = {"gpu_id": None, "gpu_epoch": None, "lease_until": None}
+NO_LEASE: Mapping[str, None] = {"gpu_id": None, "gpu_epoch": None, "lease_until": None, "pause_asked_at": None}
+OVER: Mapping[str, int | None] = {**NO_LEASE, "reserved_bytes": 0, "estimated_finish": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +116,51 @@ class Jobs:
             job = await self._of(db, owner, job_id)
             if job.status not in OPEN:
                 raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to cancel")
-            values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **NO_LEASE}
+            values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **OVER}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
             await say(db, now, job_id, job.fence + 1, "Job cancelled.")
-            await remove_unnamed(db, self._blobs, data_blobs(job))
+            await forget(db, self._blobs, job)
             return await self._of(db, owner, job_id), job.gpu_id
+
+    async def pause(self, owner: str, job_id: str) -> tuple[JobRow, str | None]:
+        """At once if it waits; else the gpu, which has to hear of it, stores a checkpoint first.
+
+        Safe to repeat. Raises NotFound, JobOver.
+        """
+        now = self._clock()
+        async with self._store.write() as db:
+            job = await self._of(db, owner, job_id)
+            if job.status not in OPEN:
+                raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to pause")
+            if job.status == "queued":
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(status="paused"))
+                await say(db, now, job_id, job.fence, "Job paused.")
+            elif job.status in LEASED and job.pause_asked_at is None:
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(pause_asked_at=now))
+                await say(db, now, job_id, job.fence, "Pausing: the gpu stores a checkpoint first.")
+            return await self._of(db, owner, job_id), job.gpu_id
+
+    async def resume(self, owner: str, job_id: str) -> JobRow:
+        """It waits for a gpu again; one that was asked to pause goes on. Safe to repeat. Raises NotFound, JobOver."""
+        now = self._clock()
+        async with self._store.write() as db:
+            job = await self._of(db, owner, job_id)
+            if job.status not in OPEN:
+                raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to resume")
+            if job.status == "paused":
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(status="queued", attempts=0))
+                await say(db, now, job_id, job.fence, "Job resumed: it waits for a gpu.")
+            elif job.pause_asked_at is not None:
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(pause_asked_at=None))
+                await say(db, now, job_id, job.fence, "Job resumed before it was paused.")
+            return await self._of(db, owner, job_id)
+
+    async def checkpoints(self, owner: str, job_id: str) -> Sequence[Row[Any]]:
+        """Those that are kept, the newest first. Raises NotFound."""
+        query = select(checkpoints).where(checkpoints.c.job_id == job_id).order_by(checkpoints.c.step.desc())
+        async with self._store.read() as db:
+            await self._of(db, owner, job_id)
+            return (await db.execute(query)).all()
 
     async def _of(self, db: AsyncConnection, owner: str, job_id: str) -> JobRow:
         row = (await db.execute(select(jobs).where(jobs.c.id == job_id, jobs.c.owner == owner))).one_or_none()
@@ -128,9 +169,17 @@ class Jobs:
         return row
 
 
-def data_blobs(job: JobRow) -> list[str]:
-    """What a job that is not over keeps, even when its files are deleted."""
-    return [blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob]
+async def forget(db: AsyncConnection, blobs: Blobs, job: JobRow) -> None:
+    """The job is over: what only it kept goes, checkpoints and deleted files."""
+    data = [blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob]
+    await remove_unnamed(db, blobs, {*data, *await drop_checkpoints(db, checkpoints.c.job_id == job.id)})
+
+
+async def drop_checkpoints(db: AsyncConnection, where: ColumnElement[bool]) -> set[str]:
+    """The chunks that they named."""
+    manifests = (await db.execute(select(checkpoints.c.manifest).where(where))).scalars().all()
+    await db.execute(delete(checkpoints).where(where))
+    return {chunk["sha256"] for manifest in manifests for file in manifest["files"] for chunk in file["chunks"]}
 
 
 async def say(db: AsyncConnection, at: float, job_id: str, fence: int, message: str, level: str = "info") -> None:

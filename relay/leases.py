@@ -14,13 +14,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import wire
 from relay import errors
 from relay.blobs import Blobs
-from relay.jobs import NO_LEASE, JobRow, data_blobs, say
+from relay.jobs import NO_LEASE, OVER, JobRow, forget, say
 from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.sweep import remove_unnamed
-from relay.tables import LEASED, gpus, job_events, jobs, models, offers
+from relay.tables import LEASED, checkpoints, gpus, job_events, jobs, models, offers
 
-MAX_ATTEMPTS = 3  # leases that may end without a result before the job is given up
+MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
 MATCHES_SHOWN = 200  # pairs of job and gpu that one round of dispatching looks at
 MAX_ETA_S = 365 * 86400
 MODEL_ID_HEX = 12  # of the job's id, in the id of its model
@@ -147,17 +146,28 @@ class Leases:
             mine = {(job.id, job.fence): job for job in await db.execute(query)}
         reported = {(lease.job_id, lease.fence) for lease in held}
         cancels = [wire.CancelLease(job_id=job_id, fence=fence) for job_id, fence in sorted(reported - mine.keys())]
+        pauses = [
+            wire.PauseLease(job_id=job_id, fence=fence)
+            for (job_id, fence), job in mine.items()
+            if (job_id, fence) in reported and job.pause_asked_at is not None and job.status != "finalizing"
+        ]
         grants = [
-            wire.GrantLease(fence=fence, job=job_spec(job))
+            wire.GrantLease(fence=fence, job=job_spec(job, await self._checkpoints(job_id)))
             for (job_id, fence), job in mine.items()
             if (job_id, fence) not in reported
         ]
-        return [*cancels, *grants]
+        return [*cancels, *pauses, *grants]
+
+    async def _checkpoints(self, job_id: str) -> list[wire.Checkpoint]:
+        kept = select(checkpoints.c.manifest).where(checkpoints.c.job_id == job_id)
+        async with self._store.read() as db:
+            rows = await db.execute(kept.order_by(checkpoints.c.step.desc()))
+        return [wire.Checkpoint.model_validate(manifest) for manifest in rows.scalars()]
 
     async def record(self, by: wire.SignedBy, job_id: str, batch: wire.JobEvents) -> None:
         """Each event once, however often it is sent; renews the lease. Raises LeaseLost."""
         async with self._store.write() as db:
-            job = await self._leased(db, by, job_id, batch.fence)
+            job = await self.held(db, by, job_id, batch.fence)
             seen = select(job_events.c.seq).where(
                 job_events.c.job_id == job_id, job_events.c.fence == batch.fence, job_events.c.seq.is_not(None)
             )
@@ -182,12 +192,12 @@ class Leases:
     async def check_lease(self, by: wire.SignedBy, job_id: str, fence: int) -> None:
         """Raises LeaseLost."""
         async with self._store.read() as db:
-            await self._leased(db, by, job_id, fence)
+            await self.held(db, by, job_id, fence)
 
     async def finalize(self, by: wire.SignedBy, job_id: str, fence: int) -> None:
         """The gpu begins to hand in the result. Raises LeaseLost."""
         async with self._store.write() as db:
-            await self._leased(db, by, job_id, fence)
+            await self.held(db, by, job_id, fence)
             values = {"status": "finalizing", "lease_until": self._term()}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
 
@@ -203,7 +213,7 @@ class Leases:
             job = (await db.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
             if job is not None and job.fence == result.fence and job.last_gpu_id == by.gpu_id and job.result == stored:
                 return job
-            job = await self._leased(db, by, job_id, result.fence)
+            job = await self.held(db, by, job_id, result.fence)
             if result.adapter is not None:
                 await self._succeed(db, job, result, result.adapter)
             elif result.error is not None and result.error.retry:
@@ -229,43 +239,57 @@ class Leases:
         values = {
             "status": "succeeded",
             "finished_at": now,
-            "estimated_finish": None,
             "result": result.model_dump(),
             "hyperparameters": resolved,
             "trained_tokens": result.trained_tokens,
             "fine_tuned_model": model_id,
-            **NO_LEASE,
+            **OVER,
         }
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         row = {"id": model_id, "owner": job.owner, "base_model": job.base_model, "job_id": job.id, "created_at": now}
         await db.execute(insert(models).values(**row, adapter=adapter.model_dump()))
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
-        await remove_unnamed(db, self._blobs, data_blobs(job))
+        await forget(db, self._blobs, job)
 
     async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> None:
         values = {
             "status": "failed",
             "finished_at": self._clock(),
-            "estimated_finish": None,
             "error": {"code": code, "message": message, "param": param},
-            **NO_LEASE,
+            **OVER,
         }
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
-        await remove_unnamed(db, self._blobs, data_blobs(job))
+        await forget(db, self._blobs, job)
+
+    async def release(self, by: wire.SignedBy, job_id: str, release: wire.Release) -> JobRow:
+        """The gpu gives the job back on purpose, which costs no attempt. Raises LeaseLost."""
+        async with self._store.write() as db:
+            job = await self.held(db, by, job_id, release.fence)
+            why = "The gpu stops." if release.reason == "leaving" else "The gpu gave the job back."
+            await self._requeue(db, job, why, "gpu_left", counts=False)
+            return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
 
     async def _requeue(self, db: AsyncConnection, job: JobRow, why: str, code: str, *, counts: bool) -> None:
-        attempts = job.attempts + counts
-        await db.execute(update(jobs).where(jobs.c.id == job.id).values(attempts=attempts))
+        """Back to the queue, or paused where its owner has asked for that. A lease with a new checkpoint costs none."""
+        attempts = 0 if job.saved_step > job.lost_step else job.attempts
+        attempts += counts and job.saved_step <= job.lost_step
+        values = {"attempts": attempts, "lost_step": job.saved_step}
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         if attempts >= MAX_ATTEMPTS:
             await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
             return
-        values = {"status": "queued", "estimated_finish": None, **NO_LEASE}
+        paused = job.pause_asked_at is not None
+        values = {"status": "paused" if paused else "queued", "estimated_finish": None, **NO_LEASE}
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
-        again = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts else ""
-        await say(db, self._clock(), job.id, job.fence, f"{why} The job waits for a gpu again.{again}", level="warn")
+        now = "The job is paused" if paused else "The job waits for a gpu again"
+        since = f", to go on from the checkpoint of step {job.saved_step}" if job.saved_step else ""
+        spent = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts and attempts else ""
+        level = "warn" if counts else "info"
+        await say(db, self._clock(), job.id, job.fence, f"{why} {now}{since}.{spent}", level=level)
 
-    async def _leased(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:
+    async def held(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:
+        """The job, if this lease of it stands. Raises LeaseLost."""
         row: JobRow | None = (await db.execute(_locked(self._live(by, job_id, fence)))).one_or_none()
         if row is None:
             raise errors.LeaseLost(f"the lease of job '{job_id}' with fence {fence} is not yours any more: stop")
@@ -289,7 +313,7 @@ class Leases:
         return self._clock() + self._settings.lease_s
 
 
-def job_spec(job: JobRow) -> wire.JobSpec:
+def job_spec(job: JobRow, kept: Sequence[wire.Checkpoint] = ()) -> wire.JobSpec:
     return wire.JobSpec(
         job_id=job.id,
         base_model=job.base_model,
@@ -298,6 +322,7 @@ def job_spec(job: JobRow) -> wire.JobSpec:
         seed=job.seed,
         training_file=job.training_blob,
         validation_file=job.validation_blob,
+        checkpoints=list(kept),
     )
 
 

@@ -41,6 +41,8 @@ class Settings:
     max_body_bytes: int = 8 * 2**20
     max_upload_bytes: int = 512 * 2**20
     max_adapter_bytes: int = 16 * 2**30
+    user_quota_bytes: int = 20 * 2**30  # files, models and what running jobs may store; 0: no end
+    min_free_bytes: int = 256 * 2**20  # of the disk, kept free for the database and the log
     page_dir: Path = ROOT / "web" / "dist"
 
     @property
@@ -83,6 +85,13 @@ def _bytes(value: str) -> int:
     number = int(value)
     if number < 1:
         raise ValueError("use a whole number of bytes above 0")
+    return number
+
+
+def _bytes_or_none(value: str) -> int:
+    number = int(value)
+    if number < 0:
+        raise ValueError("use a whole number of bytes, or 0")
     return number
 
 
@@ -145,6 +154,20 @@ SETTINGS = (
     Setting("RELAY_MAX_UPLOAD_BYTES", "max_upload_bytes", "536870912", "Largest file that a user uploads.", _bytes),
     Setting(
         "RELAY_MAX_ADAPTER_BYTES", "max_adapter_bytes", "17179869184", "Largest blob that a gpu sends back.", _bytes
+    ),
+    Setting(
+        "RELAY_USER_QUOTA_BYTES",
+        "user_quota_bytes",
+        "21474836480",
+        "What one user's files, models and jobs may store; 0 for no end.",
+        _bytes_or_none,
+    ),
+    Setting(
+        "RELAY_MIN_FREE_BYTES",
+        "min_free_bytes",
+        "268435456",
+        "Disk that stays free: past it, uploads are refused with `disk_full`.",
+        _bytes_or_none,
     ),
     Setting(
         "RELAY_PAGE_DIR",

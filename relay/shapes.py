@@ -136,6 +136,20 @@ def job(row: Row[Any]) -> dict[str, Any]:
         "layers": row.layers,
         "gpu": row.last_gpu_id,
         "attempts": row.attempts,
+        "pausing": row.pause_asked_at is not None,
+    }
+
+
+def checkpoint(row: Row[Any]) -> dict[str, Any]:
+    return {
+        "id": f"ftckpt-{row.job_id.removeprefix('ftjob-')}-{row.step}",
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(row.created_at),
+        "fine_tuning_job_id": row.job_id,
+        "fine_tuned_model_checkpoint": None,  # it is there to go on from, not to be served
+        "step_number": row.step,
+        "metrics": {"step": row.step, "full_valid_loss": row.validation_loss},
+        "bytes": row.bytes,
     }
 
 

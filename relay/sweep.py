@@ -1,4 +1,5 @@
-"""Blobs that nothing names any more go. What names one: a file, a tuned model, a job that is not over.
+"""Blobs that nothing names any more go. What names one: a file, a tuned model, a job that is not
+over, a checkpoint of one.
 
 Does not know why a name went. A blob whose name is still to come, as a result on its way in, is young: left alone.
 """
@@ -13,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay.blobs import Blobs
 from relay.store import Clock, Store
-from relay.tables import OPEN, files, jobs, models
+from relay.tables import OPEN, checkpoint_chunks, files, jobs, models
 
 log = logging.getLogger("relay.sweep")
 
@@ -59,6 +60,8 @@ async def keep_sweeping(store: Store, blobs: Blobs, clock: Clock) -> None:
 async def _named(db: AsyncConnection, shas: Collection[str]) -> set[str]:
     """Those among them that a row names."""
     found = set((await db.execute(select(files.c.sha256).where(files.c.sha256.in_(shas)))).scalars())
+    chunk = checkpoint_chunks.c.sha256
+    found |= set((await db.execute(select(chunk).where(chunk.in_(shas)))).scalars())
     for job in await db.execute(select(jobs.c.training_blob, jobs.c.validation_blob).where(jobs.c.status.in_(OPEN))):
         found |= {blob["sha256"] for blob in job if blob}
     for adapter in (await db.execute(select(models.c.adapter))).scalars():

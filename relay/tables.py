@@ -12,6 +12,7 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -132,12 +133,15 @@ files = Table(
 #   finalizing -> succeeded   the gpu's result (from leased and running too)
 #   leased | running | finalizing -> failed     an error of the job's own, or the third lost attempt
 #   leased | running | finalizing -> queued     the lease is over, the gpu came back without it, or it asks for a retry
-#   queued | leased | running | finalizing -> cancelled    its owner; the fence rises
+#   queued     -> paused      its owner
+#   leased | running | finalizing -> paused     its owner asked, and the gpu gave the job back, or was lost
+#   paused     -> queued      its owner
+#   queued | paused | leased | running | finalizing -> cancelled    its owner; the fence rises
 #
-# A lease (gpu_id, gpu_epoch, lease_until) exists in LEASED states and in no other. `paused` comes with checkpoints.
-Status = Literal["queued", "leased", "running", "finalizing", "succeeded", "failed", "cancelled"]
+# A lease (gpu_id, gpu_epoch, lease_until) exists in LEASED states and in no other. Checkpoints exist while it is OPEN.
+Status = Literal["queued", "leased", "running", "finalizing", "paused", "succeeded", "failed", "cancelled"]
 LEASED: Final[tuple[Status, ...]] = ("leased", "running", "finalizing")
-OPEN: Final[tuple[Status, ...]] = ("queued", *LEASED)
+OPEN: Final[tuple[Status, ...]] = ("queued", *LEASED, "paused")
 
 jobs = Table(
     "jobs",
@@ -162,7 +166,12 @@ jobs = Table(
     Column("gpu_epoch", Integer),
     Column("lease_until", Float),
     Column("last_gpu_id", String(40)),  # where it ran last, for the record and to try another first
-    Column("attempts", Integer, nullable=False, default=0),  # leases that ended without a result
+    Column("attempts", Integer, nullable=False, default=0),  # leases lost in a row without a new checkpoint
+    Column("saved_step", Integer, nullable=False, default=0, server_default="0"),  # of the newest checkpoint
+    Column("lost_step", Integer, nullable=False, default=0, server_default="0"),  # saved_step when a gpu was lost last
+    Column("pause_asked_at", Float),  # its owner waits for the gpu to give the job back
+    Column("reserved_bytes", BigInteger, nullable=False, default=0, server_default="0"),  # of its owner's quota, while it is OPEN
+    Column("estimated_s", Float),  # of gpu time, as the gpu saw it
     Column("result", JSON),  # wire.JobResult as received: the same one again is no conflict
     Column("error", JSON),  # code, message, param
     Column("fine_tuned_model", String(400)),
@@ -170,6 +179,28 @@ jobs = Table(
     Index("jobs_by_owner", "owner", "created_at"),
     Index("jobs_by_status", "status", "created_at"),
     Index("jobs_by_gpu", "gpu_id"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("fence", Integer, nullable=False),
+    Column("validation_loss", Float),
+    Column("bytes", BigInteger, nullable=False),
+    Column("manifest", JSON, nullable=False),  # wire.Checkpoint
+    Column("created_at", Float, nullable=False),
+)
+
+checkpoint_chunks = Table(
+    "checkpoint_chunks",  # what keeps a chunk's blob alive
+    metadata,
+    Column("job_id", String(40), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("sha256", String(64), primary_key=True),
+    ForeignKeyConstraint(["job_id", "step"], ["checkpoints.job_id", "checkpoints.step"], ondelete="CASCADE"),
+    Index("checkpoint_chunks_by_blob", "sha256"),
 )
 
 job_events = Table(

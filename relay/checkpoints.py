@@ -1,0 +1,107 @@
+"""Checkpoints of jobs, and the room that is set aside for them. All writes stand under the lease's fence.
+
+A checkpoint exists once its manifest is stored, after all of its chunks. The last two and the best are kept while the
+job is not over. Knows nothing of HTTP, nor of what is in a checkpoint.
+"""
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+import wire
+from relay import errors
+from relay.blobs import Blobs
+from relay.jobs import drop_checkpoints
+from relay.leases import Leases
+from relay.settings import Settings
+from relay.store import Clock, Store
+from relay.sweep import remove_unnamed
+from relay.tables import checkpoint_chunks, checkpoints, files, jobs, models
+
+LAST_KEPT = 2
+AT_ONCE = LAST_KEPT + 2  # with the best, and the one on its way
+
+
+class Checkpoints:
+    def __init__(self, store: Store, blobs: Blobs, leases: Leases, settings: Settings, clock: Clock) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._leases = leases
+        self._settings = settings
+        self._clock = clock
+
+    async def reserve(self, by: wire.SignedBy, job_id: str, wanted: wire.Reservation) -> int:
+        """Set aside what the job will store at most; how many bytes. Safe to repeat.
+
+        Raises LeaseLost, QuotaExceeded, DiskFull.
+        """
+        bytes = AT_ONCE * wanted.checkpoint_bytes + wanted.result_bytes
+        async with self._store.write() as db:
+            job = await self._leases.held(db, by, job_id, wanted.fence)
+            stored = await db.execute(select(func.sum(checkpoints.c.bytes)).where(checkpoints.c.job_id == job_id))
+            self._blobs.check_room(bytes - (stored.scalar() or 0))
+            await self._check_quota(db, job.owner, job_id, bytes)
+            values = {"reserved_bytes": bytes, "estimated_s": wanted.estimated_s}
+            await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+        return bytes
+
+    async def _check_quota(self, db: AsyncConnection, owner: str, job_id: str, bytes: int) -> None:
+        quota = self._settings.user_quota_bytes
+        if not quota:
+            return
+        of_files = (await db.execute(select(func.sum(files.c.bytes)).where(files.c.owner == owner))).scalar() or 0
+        adapters = (await db.execute(select(models.c.adapter).where(models.c.owner == owner))).scalars()
+        of_models = sum(file["bytes"] for adapter in adapters for file in adapter["files"])
+        others = select(func.sum(jobs.c.reserved_bytes)).where(jobs.c.owner == owner, jobs.c.id != job_id)
+        of_jobs = (await db.execute(others)).scalar() or 0
+        if of_files + of_models + of_jobs + bytes > quota:
+            raise errors.QuotaExceeded(
+                f"the job needs {bytes:,} bytes of storage, and of your {quota:,} files use {of_files:,}, models "
+                f"{of_models:,} and other jobs {of_jobs:,}: delete some, or train fewer layers"
+            )
+
+    async def store(self, by: wire.SignedBy, job_id: str, said: wire.CheckpointStored) -> list[int]:
+        """From here on it exists; the steps of those that are kept. The same again is no conflict.
+
+        Raises LeaseLost, and InvalidRequest if a chunk is not here.
+        """
+        checkpoint = said.checkpoint
+        chunks = {chunk.sha256: chunk.bytes for file in checkpoint.files for chunk in file.chunks}
+        for file in checkpoint.files:
+            if sum(chunk.bytes for chunk in file.chunks) != file.bytes:
+                message = f"checkpoint.files: the chunks of {file.name} are not its {file.bytes:,} bytes"
+                raise errors.InvalidRequest(message, param="checkpoint")
+        async with self._store.write() as db:
+            await self._leases.held(db, by, job_id, said.fence)
+            for sha256, size_bytes in chunks.items():
+                if self._blobs.size_bytes(sha256) != size_bytes:
+                    message = f"checkpoint.files: chunk {sha256} is not stored here: upload it, then say this again"
+                    raise errors.InvalidRequest(message, param="checkpoint", code="blob_missing")
+            # A run that began again, for want of a sound checkpoint, comes by the same steps: the newest word counts.
+            theirs = (checkpoints.c.job_id == job_id) & (checkpoints.c.step >= checkpoint.step)
+            dropped = await drop_checkpoints(db, theirs)
+            row = {"job_id": job_id, "step": checkpoint.step}
+            await db.execute(
+                insert(checkpoints).values(
+                    **row,
+                    fence=said.fence,
+                    validation_loss=checkpoint.validation_loss,
+                    bytes=sum(chunks.values()),
+                    manifest=checkpoint.model_dump(),
+                    created_at=self._clock(),
+                )
+            )
+            await db.execute(insert(checkpoint_chunks), [{**row, "sha256": sha256} for sha256 in chunks])
+            await db.execute(update(jobs).where(jobs.c.id == job_id).values(saved_step=checkpoint.step))
+            kept, others = await self._kept(db, job_id)
+            dropped |= await drop_checkpoints(db, (checkpoints.c.job_id == job_id) & checkpoints.c.step.in_(others))
+            await remove_unnamed(db, self._blobs, dropped)
+        return kept
+
+    async def _kept(self, db: AsyncConnection, job_id: str) -> tuple[list[int], list[int]]:
+        """Steps of those that stay, the newest first, and of those that go."""
+        query = select(checkpoints.c.step, checkpoints.c.validation_loss).where(checkpoints.c.job_id == job_id)
+        rows = (await db.execute(query.order_by(checkpoints.c.step.desc()))).all()
+        kept = {row.step for row in rows[:LAST_KEPT]}
+        validated = [(row.validation_loss, row.step) for row in rows if row.validation_loss is not None]
+        kept |= {min(validated)[1]} if validated else set()
+        return sorted(kept, reverse=True), [row.step for row in rows if row.step not in kept]
