@@ -39,12 +39,13 @@ def forwards(db: Connection) -> None:
         )
     if found and db.dialect.name == "sqlite":
         _copy(db)
-    _run(db, known[-1])
+    run(db, known[-1])
     if db.dialect.name == "sqlite" and db.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
         raise errors.RelayError("a migration would leave rows that point nowhere: the database is left as it was")
 
 
-def _run(db: Connection, target: str) -> None:
+def run(db: Connection, target: str) -> None:
+    """From wherever it is to `target`."""
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory

@@ -170,7 +170,9 @@ jobs = Table(
     Column("saved_step", Integer, nullable=False, default=0, server_default="0"),  # of the newest checkpoint
     Column("lost_step", Integer, nullable=False, default=0, server_default="0"),  # saved_step when a gpu was lost last
     Column("pause_asked_at", Float),  # its owner waits for the gpu to give the job back
-    Column("reserved_bytes", BigInteger, nullable=False, default=0, server_default="0"),  # of its owner's quota, while it is OPEN
+    Column(
+        "reserved_bytes", BigInteger, nullable=False, default=0, server_default="0"
+    ),  # of its owner's quota, while it is OPEN
     Column("estimated_s", Float),  # of gpu time, as the gpu saw it
     Column("result", JSON),  # wire.JobResult as received: the same one again is no conflict
     Column("error", JSON),  # code, message, param

@@ -41,9 +41,11 @@ def rows(path: Path, query: str) -> list[tuple[object, ...]]:
 def before_migrations(path: Path) -> None:
     """As a relay left it before there were migrations, and before keys had rules."""
     engine = create_engine(f"sqlite:///{path}")
-    tables.metadata.create_all(engine)
+    with engine.begin() as db:
+        migrate.run(db, "0001")
     engine.dispose()
-    execute(path, "DROP TABLE key_rules", "INSERT INTO users (id, name, created_at) VALUES ('user-1', 'ada', 1.5)")
+    execute(path, "DROP TABLE key_rules", "DROP TABLE alembic_version")
+    execute(path, "INSERT INTO users (id, name, created_at) VALUES ('user-1', 'ada', 1.5)")
 
 
 async def test_the_migrations_lead_to_exactly_the_tables(tmp_path: Path) -> None:
@@ -68,7 +70,8 @@ async def test_a_database_is_copied_before_it_is_changed_and_only_then(tmp_path:
     await opened(path)
     await opened(path)
     assert not copy.exists()
-    execute(path, "DROP TABLE alembic_version", "INSERT INTO users (id, name, created_at) VALUES ('user-1', 'ada', 1)")
+    path.unlink()
+    before_migrations(path)
     await opened(path)
     assert rows(copy, "SELECT name FROM users") == [("ada",)]
     assert rows(copy, "SELECT name FROM sqlite_master WHERE name = 'alembic_version'") == []
