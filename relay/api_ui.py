@@ -355,10 +355,6 @@ def _pages(routes: APIRouter, api: UiApi) -> None:
             return found
         raise HTTPException(404)
 
-    @routes.get("/healthz", tags=["operations"])
-    async def healthz() -> JSONResponse:
-        return JSONResponse({"status": "ok"})
-
 
 def _here(request: Request) -> str:
     return f"{request.url.scheme}://{request.headers.get('host', '')}"

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import wire
-from relay import api_gpu, api_openai, api_ui, errors
+from relay import api_gpu, api_openai, api_ops, api_ui, errors
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.blobs import Blobs
 from relay.checkpoints import Checkpoints
@@ -29,6 +29,7 @@ from relay.files import Files
 from relay.generations import Generations
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
+from relay.health import Health
 from relay.jobs import Jobs
 from relay.leases import Leases
 from relay.limits import Limits
@@ -137,6 +138,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             )
         )
     )
+    app.include_router(api_ops.router(api_ops.OpsApi(Health(store, settings, stopping))))
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_exception_handler(HTTPException, _render_http)

@@ -22,7 +22,8 @@ RelayError
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
     ├── Stopping               this process is being restarted
-    └── DatabaseBusy           another process, such as the command line, has been writing for long
+    ├── DatabaseBusy           another process, such as the command line, has been writing for long
+    └── NotReady               /readyz: the database, the disk, or a restart
 """
 
 from collections.abc import Mapping
@@ -170,6 +171,10 @@ class Stopping(Unavailable):
 
 class DatabaseBusy(Unavailable):
     code = "database_busy"
+
+
+class NotReady(Unavailable):
+    code = "not_ready"
 
 
 class NewerDatabase(RelayError):

@@ -12,7 +12,16 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 
-API = ("api", "v1", "gpu", "healthz", "openapi.json", "assets")  # never the page, however unknown the path
+API = (
+    "api",
+    "v1",
+    "gpu",
+    "healthz",
+    "readyz",
+    "metrics",
+    "openapi.json",
+    "assets",
+)  # never the page, however unknown the path
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 FOREVER = "public, max-age=31536000, immutable"  # hashed names change with the content
 NONCE = "{{nonce}}"
