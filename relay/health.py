@@ -67,6 +67,8 @@ class Health:
             log.warning("the data folder can't be looked at: %s", exc.strerror)
             return [Reason("disk", "the data folder can't be reached")]
         if free_bytes < self._settings.min_free_bytes:
-            log.warning("%d bytes are free in the data folder, %d are needed", free_bytes, self._settings.min_free_bytes)
+            log.warning(
+                "%d bytes are free in the data folder, %d are needed", free_bytes, self._settings.min_free_bytes
+            )
             return [Reason("disk", "the disk is nearly full: make room on the relay's machine")]
         return []
