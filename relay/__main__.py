@@ -22,6 +22,7 @@ import frames
 from relay import errors, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
+from relay.enrol_tokens import EnrolTokens
 from relay.passwords import Passwords
 from relay.settings import Settings
 from relay.store import Store
@@ -154,6 +155,37 @@ async def _revoke_key(accounts: Accounts, _: Store, args: argparse.Namespace) ->
     print(f"{args.id} is revoked")
 
 
+async def _create_token(_: Accounts, store: Store, args: argparse.Namespace) -> None:
+    ends = time.time() + args.expires_days * 86400 if args.expires_days else None
+    token_id, token = await EnrolTokens(store, time.time).create(args.name, reusable=args.reusable, expires_at=ends)
+    print(f"{token_id}, shown this once; a gpu reads it from GPU_ENROL_TOKEN:\n{token}")
+
+
+async def _list_tokens(_: Accounts, store: Store, __: argparse.Namespace) -> None:
+    _table(
+        ("id", "name", "token", "kind", "made", "ends", "last used", "gpus", "revoked"),
+        [
+            (
+                t.id,
+                t.name or "-",
+                t.prefix + "...",
+                "reusable" if t.reusable else "one-time",
+                _when(t.created_at),
+                _when(t.expires_at),
+                _when(t.used_at),
+                t.gpus,
+                _when(t.revoked_at),
+            )
+            for t in await EnrolTokens(store, time.time).known()
+        ],
+    )
+
+
+async def _revoke_token(_: Accounts, store: Store, args: argparse.Namespace) -> None:
+    await EnrolTokens(store, time.time).revoke(args.id)
+    print(f"{args.id} is revoked, and gpus that came with it are refused")
+
+
 async def _show_gpus(_: Accounts, store: Store, args: argparse.Namespace) -> None:
     since = time.time() - args.settings.alive_s
     async with store.read() as db:
@@ -251,6 +283,18 @@ def _parser() -> argparse.ArgumentParser:
     revoke = keys.add_parser("revoke", help="a key stops working within a second")
     revoke.add_argument("id")
     revoke.set_defaults(command=_revoke_key)
+    tokens = commands.add_parser("tokens", help="tokens that gpus enrol with").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    make = tokens.add_parser("create", help="make one; it is for one gpu, unless it is reusable")
+    make.add_argument("--name", help="what it is for")
+    make.add_argument("--reusable", action="store_true")
+    make.add_argument("--expires-days", type=_positive(float))
+    make.set_defaults(command=_create_token)
+    tokens.add_parser("list", help="every one that was made").set_defaults(command=_list_tokens)
+    take_back = tokens.add_parser("revoke", help="nothing enrols with it, and gpus that did are refused")
+    take_back.add_argument("id")
+    take_back.set_defaults(command=_revoke_token)
     people = commands.add_parser("users", help="people").add_subparsers(required=True, metavar="WHAT")
     password = people.add_parser("password", help="set a password, read from the terminal or one line of input")
     password.add_argument("name", help="the user, made if there is none")

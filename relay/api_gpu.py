@@ -16,6 +16,7 @@ from relay.bodies import parse, parse_object, read_body
 from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
+from relay.enrol_tokens import EnrolTokens
 from relay.gpus import Gpus
 from relay.leases import Leases
 from relay.models import Models
@@ -29,6 +30,7 @@ M = TypeVar("M", bound=BaseModel)
 class GpuApi:
     """The routes' parts, and what every signed route begins with."""
 
+    enrol_tokens: EnrolTokens
     gpus: Gpus
     leases: Leases
     checkpoints: Checkpoints
@@ -82,9 +84,9 @@ def router(api: GpuApi) -> APIRouter:
 
     @routes.post("/enrol")
     async def enrol(request: Request) -> wire.EnrolReply:
-        api.gpus.check_enrol_token(request.headers.get("authorization"))
+        token_id = await api.enrol_tokens.check(request.headers.get("authorization"))
         message = parse(wire.EnrolRequest, parse_object(await read_body(request, api.settings.max_body_bytes)))
-        reply = await api.gpus.enrol(message)
+        reply = await api.gpus.enrol(message, token_id)
         await api.leases.adopt(wire.SignedBy(gpu_id=reply.gpu_id, epoch=reply.epoch), message.leases)
         api.dispatcher.wake()
         return reply

@@ -4,7 +4,7 @@ import asyncio
 import html
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from relay import errors, shapes
 from relay.accounts import ADMIN_KEY_ID, SCOPES, Accounts, Key, Rules, Scope, User
 from relay.bodies import parse, parse_object, read_body, string_field
+from relay.enrol_tokens import EnrolTokens
 from relay.generations import Generation, Generations
 from relay.gpus import Gpus
 from relay.jobs import Jobs
@@ -64,6 +65,12 @@ class NewKey(_Asked):
     requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
+class NewEnrolToken(_Asked):
+    name: str | None = Field(default=None, max_length=100)
+    reusable: bool = False
+    expires_in_s: float | None = Field(default=None, gt=0, le=MOST_KEY_S)
+
+
 class NewGeneration(_Asked):
     kind: Literal["chat", "completion"]
     body: dict[str, Any]
@@ -77,6 +84,7 @@ class UiApi:
     limits: Limits
     accounts: Accounts
     passwords: Passwords
+    enrol_tokens: EnrolTokens
     gpus: Gpus
     jobs: Jobs
     models: Models
@@ -93,6 +101,13 @@ class UiApi:
             user.need(scope)
         return user
 
+    async def admin(self, request: Request, does: str) -> User:
+        """Raises InvalidKey, Forbidden, MissingScope."""
+        user = await self.user(request, "admin")
+        if not user.is_admin:
+            raise errors.Forbidden(f"only the admin {does}")
+        return user
+
     async def object(self, request: Request) -> dict[str, Any]:
         return parse_object(await read_body(request, self.settings.max_body_bytes))
 
@@ -105,7 +120,7 @@ class UiApi:
 
 def router(api: UiApi) -> APIRouter:
     routes = APIRouter()
-    for add in (_session, _keys, _gpus, _jobs, _generations):
+    for add in (_session, _keys, _enrol_tokens, _gpus, _jobs, _generations):
         part = APIRouter(prefix="/api", tags=["page"])
         add(part, api)
         routes.include_router(part)
@@ -218,6 +233,31 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
         return JSONResponse({"id": key_id, "deleted": True})
 
 
+def _enrol_tokens(routes: APIRouter, api: UiApi) -> None:
+    @routes.get("/enrol-tokens")
+    async def list_tokens(request: Request) -> JSONResponse:
+        await api.admin(request, "sees enrol tokens")
+        data = [asdict(token) for token in await api.enrol_tokens.known()]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
+
+    @routes.post("/enrol-tokens")
+    async def create_token(request: Request) -> JSONResponse:
+        """The token is in this answer and nowhere else."""
+        user = await api.admin(request, "makes enrol tokens")
+        if user.rules.limited:  # or what it makes would outlast it
+            raise errors.Forbidden("a key with limits makes no enrol tokens: sign in with one that has none")
+        asked = parse(NewEnrolToken, await api.object(request))
+        expires_at = api.clock() + asked.expires_in_s if asked.expires_in_s else None
+        token_id, token = await api.enrol_tokens.create(asked.name, reusable=asked.reusable, expires_at=expires_at)
+        return JSONResponse({"id": token_id, "token": token})
+
+    @routes.delete("/enrol-tokens/{token_id}")
+    async def revoke_token(token_id: str, request: Request) -> JSONResponse:
+        await api.admin(request, "revokes enrol tokens")
+        await api.enrol_tokens.revoke(token_id)
+        return JSONResponse({"id": token_id, "deleted": True})
+
+
 def _gpus(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/gpus")
     async def list_gpus(request: Request) -> JSONResponse:
@@ -252,26 +292,22 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
     @routes.post("/gpus/{gpu_id}/drain")
     async def drain(gpu_id: str, request: Request) -> JSONResponse:
         """No new live requests for it from this process; those that run go on to their end. DELETE takes it back."""
-        await admin(request)
+        await api.admin(request, "drains gpus")
         await api.gpus.drain(gpu_id)
         return JSONResponse({"id": gpu_id, "draining": True})
 
     @routes.delete("/gpus/{gpu_id}/drain")
     async def undrain(gpu_id: str, request: Request) -> JSONResponse:
-        await admin(request)
+        await api.admin(request, "drains gpus")
         await api.gpus.drain(gpu_id, on=False)
         return JSONResponse({"id": gpu_id, "draining": False})
-
-    async def admin(request: Request) -> None:
-        if not (await api.user(request, "admin")).is_admin:
-            raise errors.Forbidden("only the admin drains gpus")
 
     @routes.get("/enrol-token")
     async def enrol_token(request: Request) -> JSONResponse:
         """What a notebook needs to join; it lets a gpu in, so it is the admin's alone."""
         if not (await api.user(request)).is_admin:
             raise errors.Forbidden("only the admin sees the enrol token")
-        return JSONResponse({"relay_url": _here(request), "token": api.gpus.enrol_token})
+        return JSONResponse({"relay_url": _here(request), "token": api.enrol_tokens.fixed})
 
 
 def _jobs(routes: APIRouter, api: UiApi) -> None:

@@ -25,6 +25,8 @@ from relay.blobs import Blobs
 from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
+from relay.enrol_tokens import PREFIX as ENROL_PREFIX
+from relay.enrol_tokens import EnrolTokens
 from relay.files import Files
 from relay.generations import Generations
 from relay.gpu_client import GpuClient
@@ -46,7 +48,6 @@ from relay.waiting import Waiting
 
 log = logging.getLogger("relay.app")
 
-ENROL_PREFIX = "enrol-"
 HEADERS = (  # of every answer that does not say otherwise
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -77,6 +78,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     dialout = DialOut()
     client = GpuClient(ByTunnel(transport, dialout), clock)
     accounts = Accounts(store, clock)
+    enrol_tokens = EnrolTokens(store, clock)
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
@@ -104,7 +106,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             folding = asyncio.create_task(accounts.keep_folding())
             closing.push_async_callback(lambda: asyncio.wait({folding}))
             closing.callback(folding.cancel)
-            gpus.open(enrol_token)
+            enrol_tokens.open(enrol_token)
             await leases.grace()
             await transport.open()
             closing.push_async_callback(transport.close)
@@ -129,12 +131,26 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         )
     )
     app.include_router(
-        api_gpu.router(api_gpu.GpuApi(gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout))
+        api_gpu.router(
+            api_gpu.GpuApi(enrol_tokens, gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout)
+        )
     )
     app.include_router(
         api_ui.router(
             api_ui.UiApi(
-                sessions, limits, accounts, passwords, gpus, jobs, models, generations, page, settings, stopping, clock
+                sessions,
+                limits,
+                accounts,
+                passwords,
+                enrol_tokens,
+                gpus,
+                jobs,
+                models,
+                generations,
+                page,
+                settings,
+                stopping,
+                clock,
             )
         )
     )

@@ -7,7 +7,6 @@ database, the second is what this process knows by itself. Knows nothing of jobs
 import asyncio
 import contextlib
 import hashlib
-import hmac
 import ipaddress
 import logging
 import re
@@ -21,7 +20,7 @@ from sqlalchemy import Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors
+from relay import enrol_tokens, errors, tables
 from relay.breaker import Breaker, State
 from relay.calls import Call
 from relay.gpu_client import GpuClient
@@ -55,14 +54,6 @@ class Gpus:
         self._draining: set[str] = set()
         self._wanted: Counter[str] = Counter()  # base models that live requests of this process wait for
         self._told_to_load: dict[tuple[str, str], tuple[int, float]] = {}  # gpu and model: in which epoch, when
-        self._enrol_token = secrets.token_hex(32)  # nobody's, until open()
-
-    def open(self, enrol_token: str) -> None:
-        self._enrol_token = enrol_token
-
-    @property
-    def enrol_token(self) -> str:
-        return self._enrol_token
 
     async def close(self) -> None:
         for task in list(self._challenges.values()):
@@ -71,17 +62,11 @@ class Gpus:
 
     # --- what gpus say ---
 
-    def check_enrol_token(self, authorization: str | None) -> None:
-        """Raises InvalidEnrolToken."""
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._enrol_token.encode()):
-            raise errors.InvalidEnrolToken(
-                "the enrol token is missing or wrong: it lies in enrol.token in the relay's data folder, "
-                "and the gpu reads it from GPU_ENROL_TOKEN"
-            )
+    async def enrol(self, request: wire.EnrolRequest, token_id: str | None = None) -> wire.EnrolReply:
+        """The same instance is the same gpu, one epoch on, with a new key. `token_id`: of a token that was made.
 
-    async def enrol(self, request: wire.EnrolRequest) -> wire.EnrolReply:
-        """The same instance is the same gpu, one epoch on, with a new key. Raises InvalidRequest, BadGpuUrl."""
+        Raises InvalidRequest, BadGpuUrl, InvalidEnrolToken.
+        """
         if request.protocol != wire.PROTOCOL:
             raise errors.InvalidRequest(
                 f"this relay speaks protocol {wire.PROTOCOL}, the gpu {request.protocol}: update the older of the two",
@@ -102,9 +87,12 @@ class Gpus:
             "runtime_ends_at": request.runtime_ends_at,
             "enrolled_at": now,
             "last_seen_at": now,
+            "enrol_token": token_id,
         }
         instance = hashlib.sha256(request.instance.encode()).hexdigest()
         async with self._store.write() as db:
+            if token_id is not None:
+                await enrol_tokens.use(db, token_id, instance, now)
             known = select(gpus.c.id, gpus.c.epoch).where(gpus.c.instance_sha256 == instance)
             found = (await db.execute(known)).one_or_none()
             gpu_id, epoch = (found.id, found.epoch + 1) if found else (f"gpu-{secrets.token_hex(6)}", 1)
@@ -131,11 +119,16 @@ class Gpus:
             by = wire.SignedBy.claimed(headers)
         except wire.BadSignature as exc:
             raise errors.BadSignature(str(exc)) from exc
-        query = select(gpus.c.signing_key).where(gpus.c.id == by.gpu_id, gpus.c.epoch == by.epoch)
+        token = tables.enrol_tokens
+        query = (
+            select(gpus.c.signing_key)
+            .outerjoin(token, token.c.id == gpus.c.enrol_token)
+            .where(gpus.c.id == by.gpu_id, gpus.c.epoch == by.epoch, token.c.revoked_at.is_(None))
+        )
         async with self._store.read() as db:
             key = (await db.execute(query)).scalar_one_or_none()
         if key is None:
-            raise errors.UnknownGpu("this gpu and epoch are not enrolled here: enrol again")
+            raise errors.UnknownGpu("this gpu and epoch are not enrolled here, or its token is revoked: enrol again")
         try:
             return by, wire.verify(key, by, method, target, headers, self._clock(), self._seen)
         except wire.BadSignature as exc:

@@ -71,6 +71,21 @@ sessions = Table(
     Column("expires_at", Float, nullable=False),
 )
 
+enrol_tokens = Table(
+    "enrol_tokens",  # those that were made; the fixed one is in the settings
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("sha256", String(64), nullable=False, unique=True),  # the token itself is shown once and not kept
+    Column("prefix", String(20), nullable=False),
+    Column("name", String(100)),
+    Column("reusable", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("used_at", Float),
+    Column("instance_sha256", String(64)),  # that used it last; a one-time token is this one's for good
+)
+
 gpus = Table(
     "gpus",
     metadata,
@@ -89,6 +104,7 @@ gpus = Table(
     Column("runtime_ends_at", Float),
     Column("enrolled_at", Float, nullable=False),
     Column("last_seen_at", Float, nullable=False),
+    Column("enrol_token", String(40)),  # the id of the one that it came with; null: the fixed one
 )
 
 base_models = Table(

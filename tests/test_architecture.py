@@ -20,7 +20,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["api_openai", "api_gpu", "api_ui", "api_ops"],
         ["generations", "waiting", "proxy", "dispatcher"],
         ["shapes", "models", "files", "bodies", "page"],
-        ["sessions", "passwords", "limits", "accounts", "checkpoints", "leases", "gpus", "jobs"],
+        ["sessions", "passwords", "limits", "accounts", "checkpoints", "leases", "gpus", "enrol_tokens", "jobs"],
         ["gpu_client", "calls", "roster", "breaker"],
         ["dialout", "transport", "sweep", "health"],
         ["blobs", "store"],

@@ -174,6 +174,19 @@ async def test_keys_made_and_revoked_on_the_command_line_count_at_once(
         assert (await run(process.folder, "-m", "relay", what))[0] == 0
 
 
+async def test_enrol_tokens_are_made_listed_and_revoked_on_the_command_line(process: RelayProcess) -> None:
+    tokens = ("-m", "relay", "tokens")
+    status, out, _ = await run(process.folder, *tokens, "create", "--name", "lab", "--expires-days", "1")
+    assert status == 0
+    token_id, token = out.split(",")[0], out.split()[-1]
+    _, out, _ = await run(process.folder, *tokens, "list")
+    assert {token_id, "lab", "one-time"} <= set(out.split())
+    assert token not in out
+    assert (await run(process.folder, *tokens, "revoke", token_id))[0] == 0
+    status, _, said = await run(process.folder, *tokens, "revoke", token_id)
+    assert (status, len(said.splitlines())) == (2, 1)
+
+
 async def httpx_get(url: str, key: str) -> httpx2.Response:
     async with httpx2.AsyncClient(trust_env=False, verify=False) as http:
         return await http.get(url, headers={"authorization": f"Bearer {key}"})
