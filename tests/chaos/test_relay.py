@@ -191,3 +191,56 @@ async def come_and_go(world: World) -> None:
         await world.http.post("/v1/chat/completions", json={"model": BASE, "messages": []})
         goodbye = await gpu.call("POST", "/gpu/goodbye", wire.Goodbye(reason="the notebook ended"))
         assert goodbye.status_code == 200
+
+
+async def test_a_gpu_is_drained_under_load_and_no_caller_notices(world: World, way: Way) -> None:
+    first, _ = await world.gpu("first", way), await world.gpu("second", way)
+    await world.until_reachable("first", "second")
+    refused: list[int] = []
+    answers: list[str] = []
+
+    async def ask() -> None:
+        while True:
+            response = await world.http.post("/v1/completions", json={**ASK, "max_tokens": 60})
+            if response.status_code == 200:
+                answers.append(response.json()["choices"][0]["text"])
+            else:
+                refused.append(response.status_code)
+
+    async def is_idle() -> bool:
+        return bool((await world.listed("first"))["active_requests"] == 0)
+
+    async def both_are_busy() -> bool:
+        return all([(await world.listed(name))["active_requests"] for name in ("first", "second")])
+
+    callers = [asyncio.create_task(ask()) for _ in range(8)]
+    await world.eventually(both_are_busy)
+    gpu_id = (await world.listed("first"))["id"]
+    assert (await world.http.post(f"/api/gpus/{gpu_id}/drain")).status_code == 200
+    await world.eventually(is_idle)
+    assert await first.stop() == 0
+    n = len(answers)
+    await world.eventually(lambda: len(answers) >= n + 16)
+    for caller in callers:
+        assert not caller.done(), caller.exception()
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    assert refused == []
+    assert len(set(answers)) == 1
+
+
+async def test_a_modest_user_is_served_beside_a_greedy_one(world: World, way: Way) -> None:
+    await world.gpu("only", way)
+    await world.until_reachable("only")
+    made = (await world.http.post("/api/keys", json={"user": "modest", "name": "modest's"})).json()
+    asked = {**ASK, "max_tokens": 100}
+    greedy = [asyncio.create_task(world.http.post("/v1/completions", json=asked)) for _ in range(200)]
+    await asyncio.wait(greedy, return_when=asyncio.FIRST_COMPLETED)
+    async with world.client(made["key"]) as modest:
+        for _ in range(2):
+            assert (await modest.completions.create(**{**ASK, "max_tokens": 10})).choices[0].text
+    ahead = sum(task.done() for task in greedy)
+    answers = await asyncio.gather(*greedy)
+    assert {answer.status_code for answer in answers} == {200}, "who is greedy waits, and is served too"
+    assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
+    assert ahead < len(greedy) / 2, f"{ahead} of the greedy one's requests came first"
