@@ -61,7 +61,8 @@ class Incoming:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more here
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -114,16 +115,17 @@ class Blobs:
     async def incoming(self, limit_bytes: int) -> AsyncIterator[Incoming]:
         """Write to it, finish it, then keep it or leave. Raises DiskFull, also in the middle."""
         self.check_room(1)
-        incoming = Incoming(self._incoming / secrets.token_hex(8), limit_bytes)
         try:
-            yield incoming
+            incoming = Incoming(self._incoming / secrets.token_hex(8), limit_bytes)
+            try:
+                yield incoming
+            finally:
+                incoming.close()
         except OSError as exc:
             if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             message = "the relay's disk is full: its administrator must make room, then send it again"
             raise errors.DiskFull(message) from exc
-        finally:
-            incoming.close()
 
     async def keep(self, incoming: Incoming) -> None:
         """The finished blob gets its name, for good. The same content twice is one blob."""

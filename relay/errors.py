@@ -18,6 +18,7 @@ RelayError
 ├── TooMany               429  more at once than one user may have
 │   └── RateLimited            more a minute than this key may have
 ├── NewerDatabase         500  at the start only: a later version of the relay has been here
+├── DiskFull              507  no room for what was sent
 └── Unavailable           503  try again later
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer

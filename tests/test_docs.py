@@ -94,3 +94,9 @@ def test_the_api_page_names_every_error_code() -> None:
     between_the_two = {"bad_gpu_url", "invalid_enrol_token", "bad_signature", "unknown_gpu", "lease_lost"}
     for code in (codes(RelayError) | codes(GpuError)) - between_the_two:
         assert f"`{code}`" in page, code
+
+
+def test_the_chaos_page_names_every_chaos_test() -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests/chaos").glob("test_*.py"))
+    written = set(re.findall(r"^async def (test_\w+)", sources, re.MULTILINE))
+    assert set(re.findall(r"`(test_\w+)`", text("docs/chaos.md"))) == written

@@ -1,4 +1,4 @@
-"""What every chaos test begins with. They are real processes; CONTRIBUTING.md says how to add one."""
+"""What every chaos test begins with. docs/chaos.md lists what breaks and what holds."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -23,8 +23,8 @@ async def start_world(tmp_path: Path, zygote: Zygote, tiny_dir: Path) -> AsyncIt
     """For tests that need other settings."""
     async with AsyncExitStack() as stack:
 
-        async def start(**settings: str) -> World:
-            return await stack.enter_async_context(a_world(tmp_path, zygote, tiny_dir, **settings))
+        async def start(*before: str, **settings: str) -> World:
+            return await stack.enter_async_context(a_world(tmp_path, zygote, tiny_dir, *before, **settings))
 
         yield start
 

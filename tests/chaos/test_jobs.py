@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import random
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -143,6 +144,41 @@ async def test_a_gpu_stopped_past_its_lease_and_continued_writes_nothing_more_an
     refused = [line for line in world.relay.log.splitlines() if f"/gpu/jobs/{job_id}" in line and " 409 " in line]
     assert refused
     assert not list((first.folder / "data/jobs").iterdir()), "what it had of the job is gone"
+
+
+KILLS = 2  # one more without a checkpoint between, and the job is given up
+
+
+@pytest.mark.long
+async def test_training_killed_at_random_steps_across_gpus_ends_with_the_same_weights(world: World) -> None:
+    gpus = [await world.gpu("first"), await world.gpu("second")]
+    await world.until_reachable("first", "second")
+    never_killed = await start_job(world, n_epochs=10)
+    await until_status(world, never_killed, *OVER)
+    chance = random.Random(11)
+    job_id = await start_job(world, n_epochs=10)
+    for n in range(1, KILLS + 1):
+        await until_step_of_lease(world, job_id, n, chance.randint(5, 60))
+        (row,) = world.rows("select gpus.name from jobs join gpus on gpus.id = jobs.gpu_id where jobs.id = ?", job_id)
+        (gpu,) = (gpu for gpu in gpus if gpu.name == row["name"])
+        await gpu.kill()
+        await gpu.start()
+    job = await until_status(world, job_id, *OVER)
+    assert job.status == "succeeded", job.error
+    assert said(world, job_id, "Given to gpu") == KILLS + 1
+    assert weights_sha256(world, job_id) == weights_sha256(world, never_killed)
+    ended_once(world, job_id)
+
+
+async def until_step_of_lease(world: World, job_id: str, n: int, step: int) -> None:
+    """Of the n-th one."""
+
+    def trained() -> bool:
+        fences = [event["fence"] for event in events(world, job_id) if event["message"].startswith("Given to gpu")]
+        mine = [e for e in events(world, job_id) if len(fences) >= n and e["fence"] == fences[n - 1]]
+        return any((json.loads(e["data"]).get("step") or 0) >= step for e in mine)
+
+    await world.eventually(trained)
 
 
 async def test_a_gpu_that_dies_in_the_middle_of_an_upload_leaves_nothing_half_and_another_ends_the_job(

@@ -1,12 +1,14 @@
 """The relay itself: killed, restarted, starved of its database, and used by too many."""
 
 import asyncio
+import os
 import random
 import signal
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -244,3 +246,43 @@ async def test_a_modest_user_is_served_beside_a_greedy_one(world: World, way: Wa
     assert {answer.status_code for answer in answers} == {200}, "who is greedy waits, and is served too"
     assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
     assert ahead < len(greedy) / 2, f"{ahead} of the greedy one's requests came first"
+
+
+def small_disk(folder: Path, mib: int) -> list[str]:
+    """A file system of its own for a folder, which goes with the process; outside, nobody sees it."""
+    own = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-Urm"]
+    return [*own, "sh", "-ec", f'mount -t tmpfs -o size={mib}m none "{folder}"; exec "$@"', "sh"]
+
+
+def halves(blobs: Path) -> list[Path]:
+    return [path for path in blobs.glob("incoming/*/*") if path.name != "lock"]
+
+
+async def test_a_full_disk_is_a_clear_refusal_and_room_made_is_room_had(
+    start_world: Callable[..., Any], tmp_path: Path
+) -> None:
+    blobs = tmp_path / "relay/blobs"
+    blobs.mkdir(parents=True)
+    world: World = await start_world(*small_disk(blobs, 2), RELAY_MIN_FREE_BYTES="1")
+
+    async def upload(name: str) -> httpx2.Response:
+        rows = CHAT_ROW.replace("Fine.", name * 100) * 1000
+        assert 1.0 < len(rows) / 2**20 < 1.9
+        files = {"file": ("rows.jsonl", rows.encode())}
+        return await world.http.post("/v1/files", data={"purpose": "fine-tune"}, files=files)
+
+    gpu = await world.double("http", fine)
+    job_id = await start_job(world, n_epochs=1, model=BASE)
+    grant = await gpu.next_grant()
+    first = await upload("first word ")
+    assert first.status_code == 200
+    result = random.Random(1).randbytes(2**20)
+    for refused in (await upload("other word "), await gpu.upload(grant, result)):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "disk_full")
+        assert "disk is full" in refused.json()["error"]["message"]
+    assert halves(Path(f"/proc/{world.relay.process.pid}/root{blobs}")) == []
+    assert (await job_of(world, job_id)).status == "running"
+    assert len((await world.openai.files.list()).data) == 2, "what could not be stored is not listed"
+    assert (await world.http.delete(f"/v1/files/{first.json()['id']}")).status_code == 200
+    assert (await gpu.succeed(grant, result)).status_code == 200
+    ended_once(world, job_id)

@@ -134,9 +134,11 @@ class Gpu:
 class World:
     """One relay, and whatever a test adds to it."""
 
-    def __init__(self, folder: Path, zygote: Zygote, tiny_dir: Path, stack: AsyncExitStack, **settings: str) -> None:
+    def __init__(
+        self, folder: Path, zygote: Zygote, tiny_dir: Path, stack: AsyncExitStack, *before: str, **settings: str
+    ) -> None:
         self.folder, self._zygote, self._tiny_dir, self._stack = folder, zygote, tiny_dir, stack
-        self.relay = RelayProcess(folder / "relay", **{**SETTINGS, **settings})
+        self.relay = RelayProcess(folder / "relay", before, **{**SETTINGS, **settings})
         self.gpus: dict[str, Gpu] = {}
 
     async def open(self) -> None:
@@ -300,8 +302,8 @@ class Noted(StreamingResponse):
 
 
 @asynccontextmanager
-async def a_world(folder: Path, zygote: Zygote, tiny_dir: Path, **settings: str) -> AsyncIterator[World]:
+async def a_world(folder: Path, zygote: Zygote, tiny_dir: Path, *before: str, **settings: str) -> AsyncIterator[World]:
     async with AsyncExitStack() as stack:
-        world = World(folder, zygote, tiny_dir, stack, **settings)
+        world = World(folder, zygote, tiny_dir, stack, *before, **settings)
         await world.open()
         yield world

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx2
@@ -35,8 +36,10 @@ async def run(folder: Path, *arguments: str, **changes: str) -> tuple[int, str, 
 
 
 class RelayProcess:
-    def __init__(self, folder: Path, **changes: str) -> None:
+    def __init__(self, folder: Path, before: Sequence[str] = (), **changes: str) -> None:
+        """`before`: a command that makes a place for the relay and then becomes it."""
         self.folder = folder
+        self._before = before
         self.changes = changes
         self.log = ""
         self.url = ""
@@ -52,8 +55,7 @@ class RelayProcess:
         """On the same port as before, if there was a before."""
         self.log = ""
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "relay", "serve"),
+            *(*self._before, sys.executable, "-m", "relay", "serve"),
             cwd=ROOT,
             env=environment(self.folder, **self.changes),
             stderr=PIPE,
