@@ -1,0 +1,168 @@
+"""A job that is torn from its gpu goes on elsewhere from its last checkpoint, and ends as if nothing had happened."""
+
+import json
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY
+from tests.end_to_end.stack import Gpu, Relay, ended, follow, running
+
+REPLIES = ("Good day to you!", "Not now.", "It is blue, as far as I can see.", "Seven.")
+ROWS = "\n".join(
+    json.dumps({"messages": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": reply}]})
+    for n in range(10)
+    for reply in REPLIES
+).encode()
+STEPS = 300
+pytestmark = pytest.mark.timeout(600)  # it trains; a busy machine takes its time
+
+
+@dataclass
+class Cluster:
+    """A relay and two gpus with disks of their own. A job that one of them gives up goes to the other."""
+
+    relay: Relay
+    gpus: dict[str, Gpu]
+    straight: Any = None  # a job that was never disturbed
+
+    def start_job(self) -> str:
+        client = self.relay.client()
+        file = client.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune")
+        job = client.fine_tuning.jobs.create(
+            model=TINY,
+            training_file=file.id,
+            seed=3,
+            hyperparameters={"n_epochs": 15, "batch_size": 2},
+            extra_body={"layers": {"parts": ["attn", "mlp"], "rank": 4}},
+        )
+        return job.id
+
+    def both_are_up(self) -> None:
+        for gpu in self.gpus.values():
+            if not gpu.process or gpu.process.poll() is not None:
+                gpu.start()
+        for gpu in self.gpus.values():
+            gpu.is_up()
+        http = self.relay.http()
+
+        def alive() -> bool:
+            return len([gpu for gpu in http.get("/api/gpus").json()["data"] if gpu["alive"]]) == len(self.gpus)
+
+        self.relay.wait(alive)
+
+    def post(self, job_id: str, what: str) -> Any:
+        return self.relay.http().post(f"/v1/fine_tuning/jobs/{job_id}/{what}").raise_for_status().json()
+
+    def steps_stored(self, job_id: str) -> list[int]:
+        """The newest first."""
+        found = self.relay.http().get(f"/v1/fine_tuning/jobs/{job_id}/checkpoints").raise_for_status()
+        return [checkpoint["step_number"] for checkpoint in found.json()["data"]]
+
+    def stores(self, job_id: str, at_least: int = 1) -> None:
+        self.relay.wait(lambda: len(self.steps_stored(job_id)) >= at_least, 60)
+
+    def said(self, job_id: str) -> list[str]:
+        """The oldest first, but for the progress."""
+        pages = self.relay.client().fine_tuning.jobs.list_events(job_id, limit=100).iter_pages()
+        return [e.message for page in pages for e in page if e.type == "message"][::-1]
+
+    def holders(self, job_id: str) -> list[str]:
+        return [found[1] for text in self.said(job_id) if (found := re.match("Given to gpu '(.+)'", text))]
+
+    def weights(self, job: Any) -> str:
+        """The SHA-256 of the trained tensors."""
+        (adapter,) = self.query("select adapter from models where id = ?", job.fine_tuned_model)
+        return next(str(f["sha256"]) for f in json.loads(adapter)["files"] if f["name"].endswith(".safetensors"))
+
+    def query(self, sql: str, value: str) -> Any:
+        with closing(sqlite3.connect(self.relay.folder / "data/relay.db")) as db:
+            return db.execute(sql, (value,)).fetchone()
+
+    def ends_as_if_undisturbed(self, job_id: str) -> None:
+        """On two gpus, the second of which began at a checkpoint."""
+        job = follow(self.relay, job_id, ended, 180)
+        said = self.said(job_id)
+        assert job.status == "succeeded", said
+        assert len(set(self.holders(job_id))) == 2, said
+        assert any(f" of {STEPS} from the checkpoint of " in text for text in said), said
+        assert job.trained_tokens == self.straight.trained_tokens
+        assert self.weights(job) == self.weights(self.straight)
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("resume")
+    relay = Relay(folder / "relay", RELAY_LEASE_S="3")
+    with running(relay):
+        gpus = {
+            name: Gpu(folder / name, {TINY: tiny_dir}, relay, GPU_NAME=name, GPU_CHECKPOINT_EVERY_S="0.2")
+            for name in ("one", "two")
+        }
+        with running(*gpus.values()):
+            cluster = Cluster(relay, gpus)
+            cluster.both_are_up()
+            cluster.straight = follow(relay, cluster.start_job(), ended, 180)
+            assert cluster.straight.status == "succeeded", cluster.straight.error
+            yield cluster
+
+
+def test_a_job_whose_gpu_is_killed_goes_on_from_its_last_checkpoint_to_the_same_weights(cluster: Cluster) -> None:
+    cluster.both_are_up()
+    job_id = cluster.start_job()
+    cluster.stores(job_id)
+    cluster.gpus[cluster.holders(job_id)[-1]].kill()
+    cluster.ends_as_if_undisturbed(job_id)
+    step = next(int(f[1]) for text in cluster.said(job_id) if (f := re.match(r"Goes on at step (\d+) of", text)))
+    assert any(f"to go on from the checkpoint of step {step}." in text for text in cluster.said(job_id))
+
+
+def test_a_paused_job_keeps_what_it_learnt_and_ends_elsewhere_with_the_same_weights(cluster: Cluster) -> None:
+    cluster.both_are_up()
+    job_id = cluster.start_job()
+    cluster.stores(job_id)
+    assert cluster.post(job_id, "pause")["pausing"] is True
+    paused = follow(cluster.relay, job_id, lambda job: job.status == "paused", 60)
+    assert paused.attempts == 0
+    assert cluster.steps_stored(job_id)
+    assert cluster.post(job_id, "resume")["status"] == "queued"
+    cluster.ends_as_if_undisturbed(job_id)
+
+
+def test_ctrl_c_stores_a_checkpoint_and_gives_the_job_back_at_no_cost(cluster: Cluster) -> None:
+    cluster.both_are_up()
+    job_id = cluster.start_job()
+    cluster.stores(job_id)
+    before = cluster.steps_stored(job_id)[0]
+    assert cluster.gpus[cluster.holders(job_id)[-1]].stop() == 0
+    cluster.ends_as_if_undisturbed(job_id)
+    said = cluster.said(job_id)
+    back = next(f for text in said if (f := re.match(r"The gpu stops\..* from the checkpoint of step (\d+)\.$", text)))
+    assert int(back[1]) > before
+    assert any(text.startswith(f"Goes on at step {back[1]} of ") for text in said)
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_used(cluster: Cluster) -> None:
+    cluster.both_are_up()
+    job_id = cluster.start_job()
+    cluster.stores(job_id, at_least=2)
+    cluster.post(job_id, "pause")
+    follow(cluster.relay, job_id, lambda job: job.status == "paused", 60)
+    newest, before, *_ = cluster.steps_stored(job_id)
+    (manifest,) = cluster.query("select manifest from checkpoints where job_id = ? order by step desc limit 1", job_id)
+    sha256 = json.loads(manifest)["files"][0]["chunks"][0]["sha256"]
+    (chunk,) = (cluster.relay.folder / "data/blobs").rglob(sha256)
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    cluster.post(job_id, "resume")
+    cluster.ends_as_if_undisturbed(job_id)
+    said = cluster.said(job_id)
+    assert any(text.startswith(f"The checkpoint of step {newest} can't be used: ") for text in said), said
+    assert any(text.startswith(f"Goes on at step {before} of ") for text in said), said
