@@ -22,6 +22,7 @@ import frames
 from relay import errors, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
+from relay.audit import Audit
 from relay.enrol_tokens import EnrolTokens
 from relay.passwords import Passwords
 from relay.settings import Settings
@@ -31,6 +32,7 @@ KEEPALIVE_S = 75  # longer than nginx and most clients keep theirs, so that they
 STOP_S = 1  # what is still going on after this long is cut off
 BACKLOG = 2048
 JOBS_SHOWN = 50
+ENTRIES_SHOWN = 100
 
 log = logging.getLogger("relay")
 
@@ -221,6 +223,14 @@ async def _show_jobs(_: Accounts, store: Store, __: argparse.Namespace) -> None:
     )
 
 
+async def _show_audit(_: Accounts, store: Store, __: argparse.Namespace) -> None:
+    rows, _more = await Audit(store, time.time).page(None, ENTRIES_SHOWN)
+    _table(
+        ("at", "who", "action", "on what", "address"),
+        [(_when(r.at), r.who, r.action, r.target or "-", r.address or "-") for r in rows],
+    )
+
+
 def _when(at: float | None) -> str:
     return "-" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
@@ -301,6 +311,8 @@ def _parser() -> argparse.ArgumentParser:
     password.set_defaults(command=_set_password)
     commands.add_parser("gpus", help="every gpu that enrolled").set_defaults(command=_show_gpus)
     commands.add_parser("jobs", help=f"the last {JOBS_SHOWN} jobs").set_defaults(command=_show_jobs)
+    shown = f"the last {ENTRIES_SHOWN} entries of the audit log"
+    commands.add_parser("audit", help=shown).set_defaults(command=_show_audit)
     return parser
 
 

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay import errors
+from relay.audit import COMMAND_LINE, By, note
 from relay.store import Clock, Store
 from relay.tables import key_rules, keys, users
 
@@ -106,7 +107,7 @@ class Accounts:
         """Exactly one admin key is good: this one."""
         now = self._clock()
         async with self._store.write() as db:
-            owner = await self._user_id(db, ADMIN)
+            owner = await self._user_id(db, ADMIN, By("relay"))
             row = {"sha256": _sha256(admin_key), "prefix": admin_key[:SHOWN_CHARS]}
             done = await db.execute(update(keys).where(keys.c.id == ADMIN_KEY_ID).values(**row))
             if not done.rowcount:
@@ -181,24 +182,27 @@ class Accounts:
             await asyncio.sleep(FOLD_EVERY_S)
             await self.fold()
 
-    async def create_key(self, user: str, name: str | None = None, rules: Rules | None = None) -> tuple[str, str]:
+    async def create_key(
+        self, user: str, name: str | None = None, rules: Rules | None = None, by: By = COMMAND_LINE
+    ) -> tuple[str, str]:
         """Its id and the key. Makes the user if there is none. Raises InvalidRequest for a name that can't be."""
         _check_name(user)
         key, key_id = KEY_PREFIX + secrets.token_urlsafe(32), f"key-{secrets.token_hex(6)}"
         async with self._store.write() as db:
-            owner = await self._user_id(db, user)
+            owner = await self._user_id(db, user, by)
             row = {"id": key_id, "owner": owner, "sha256": _sha256(key), "prefix": key[:SHOWN_CHARS]}
             await db.execute(insert(keys).values(**row, name=name, created_at=self._clock()))
             if rules and rules.limited:
                 limits = {"expires_at": rules.expires_at, "requests_per_minute": rules.requests_per_minute}
                 await db.execute(insert(key_rules).values(key_id=key_id, scopes=list(rules.scopes), **limits))
+            await note(db, self._clock(), by, "key.create", f"{key_id} of {user}")
         return key_id, key
 
-    async def make_user(self, name: str) -> str:
+    async def make_user(self, name: str, by: By = COMMAND_LINE) -> str:
         """Its id, whether it is new or not. Raises InvalidRequest for a name that can't be."""
         _check_name(name)
         async with self._store.write() as db:
-            return await self._user_id(db, name)
+            return await self._user_id(db, name, by)
 
     async def list_keys(self) -> list[Key]:
         query = (
@@ -213,22 +217,25 @@ class Accounts:
             Key(r.id, r.user, r.name, r.prefix, r.created_at, r.last_used_at, r.revoked_at, _rules(r)) for r in rows
         ]
 
-    async def revoke(self, key_id: str) -> None:
+    async def revoke(self, key_id: str, by: By = COMMAND_LINE) -> None:
         """At once here, within REMEMBERED_S in other processes. Raises NotFound, and InvalidRequest for the admin's."""
         if key_id == ADMIN_KEY_ID:
             raise errors.InvalidRequest("the admin's key is changed by RELAY_ADMIN_KEY, or by deleting admin.key")
         async with self._store.write() as db:
             mark = update(keys).where(keys.c.id == key_id, keys.c.revoked_at.is_(None))
             done = await db.execute(mark.values(revoked_at=self._clock()))
+            if done.rowcount:
+                await note(db, self._clock(), by, "key.revoke", key_id)
         self.forget()
         if not done.rowcount:
             raise errors.NotFound(f"no key '{key_id}' that is still good: 'python -m relay keys list' shows them")
 
-    async def _user_id(self, db: AsyncConnection, name: str) -> str:
+    async def _user_id(self, db: AsyncConnection, name: str, by: By) -> str:
         found: str | None = (await db.execute(select(users.c.id).where(users.c.name == name))).scalar_one_or_none()
         if found is None:
             found = f"user-{secrets.token_hex(8)}"
             await db.execute(insert(users).values(id=found, name=name, created_at=self._clock()))
+            await note(db, self._clock(), by, "user.create", name)
         return found
 
 

@@ -6,15 +6,16 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from relay import errors, shapes
 from relay.accounts import ADMIN_KEY_ID, SCOPES, Accounts, Key, Rules, Scope, User
+from relay.audit import Audit, By
 from relay.bodies import parse, parse_object, read_body, string_field
 from relay.enrol_tokens import EnrolTokens
 from relay.generations import Generation, Generations
@@ -23,7 +24,7 @@ from relay.jobs import Jobs
 from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
-from relay.passwords import MAX_CHARS, Passwords
+from relay.passwords import MAX_CHARS, Passwords, network
 from relay.proxy import Ask
 from relay.sessions import SESSION_S, Sessions, check_same_site, cookie_name
 from relay.settings import Settings
@@ -35,6 +36,7 @@ NOTEBOOK = Path(__file__).parent.parent / "colab_server.ipynb"
 PLAIN_CSP = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 LOOK_EVERY_S = 0.5  # at a job that somebody watches
 EVENTS_AT_ONCE = 500
+REFUSALS_NOTED = 30  # a minute and address
 MOST_KEY_S = 10 * 365 * 24 * 3600.0
 TARGETS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 
@@ -85,6 +87,7 @@ class UiApi:
     accounts: Accounts
     passwords: Passwords
     enrol_tokens: EnrolTokens
+    audit: Audit
     gpus: Gpus
     jobs: Jobs
     models: Models
@@ -114,13 +117,22 @@ class UiApi:
     def address(self, request: Request) -> str:
         return request.client.host if request.client else ""
 
+    def by(self, request: Request, user: User) -> By:
+        return By(user.name, self.address(request))
+
+    async def refused(self, request: Request, name: str | None = None) -> None:
+        """A few a minute from one address are noted: nobody fills the disk by not being let in."""
+        address = self.address(request)
+        if self.limits.kept.take(f"refused {network(address)}", REFUSALS_NOTED)[0]:
+            await self.audit.refused(name, address, "by key" if name is None else "by password")
+
     def stream(self, generation: Generation, after: int) -> EventStream:
         return EventStream(self.generations.frames(generation, after), self.stopping)
 
 
 def router(api: UiApi) -> APIRouter:
     routes = APIRouter()
-    for add in (_session, _keys, _enrol_tokens, _gpus, _jobs, _generations):
+    for add in (_session, _keys, _enrol_tokens, _audit, _gpus, _jobs, _generations):
         part = APIRouter(prefix="/api", tags=["page"])
         add(part, api)
         routes.include_router(part)
@@ -134,12 +146,17 @@ def _session(routes: APIRouter, api: UiApi) -> None:
         """A key for a cookie, so that the key need not lie in the browser."""
         check_same_site(request.headers)  # or another site could sign its visitors in as somebody else
         body = await api.object(request)
-        if "key" in body:
-            token, user = await api.sessions.open(parse(SignIn, body).key)
-        else:
-            by = parse(SignInByPassword, body)
-            key_sha256 = await api.passwords.check(by.name, by.password, api.address(request))
-            token, user = await api.sessions.open_by_hash(key_sha256)
+        by = parse(SignIn, body) if "key" in body else parse(SignInByPassword, body)
+        address = api.address(request)
+        try:
+            if isinstance(by, SignIn):
+                token, user = await api.sessions.open(by.key, address)
+            else:
+                key_sha256 = await api.passwords.check(by.name, by.password, address)
+                token, user = await api.sessions.open_by_hash(key_sha256, address)
+        except errors.InvalidKey:
+            await api.refused(request, None if isinstance(by, SignIn) else by.name)
+            raise
         response = JSONResponse(_me(user))
         secure = request.url.scheme == "https"
         name = cookie_name(request.headers, secure)
@@ -173,8 +190,9 @@ def _session(routes: APIRouter, api: UiApi) -> None:
             try:
                 await api.passwords.check(user.name, asked.current, api.address(request))
             except errors.InvalidKey as exc:
+                await api.refused(request, user.name)
                 raise errors.Forbidden("current: this is not the password", param="current") from exc
-        await api.passwords.set(user.name, asked.password)
+        await api.passwords.set(user.name, asked.password, api.by(request, user))
         return JSONResponse({"changed": True})
 
 
@@ -221,7 +239,8 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
         expires_at = api.clock() + asked.expires_in_s if asked.expires_in_s else None
         scopes = tuple(scope for scope in SCOPES if scope in asked.scopes)
         rules = Rules(scopes, expires_at, asked.requests_per_minute)
-        key_id, key = await api.accounts.create_key(asked.user or user.name, asked.name or None, rules)
+        owner = asked.user or user.name
+        key_id, key = await api.accounts.create_key(owner, asked.name or None, rules, api.by(request, user))
         return JSONResponse({"id": key_id, "key": key})
 
     @routes.delete("/keys/{key_id}")
@@ -229,7 +248,7 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
         user = await api.user(request, "admin")
         if key_id not in {key.id for key in await visible(user)}:
             raise errors.NotFound(f"no key '{key_id[:50]}'")
-        await api.accounts.revoke(key_id)
+        await api.accounts.revoke(key_id, api.by(request, user))
         return JSONResponse({"id": key_id, "deleted": True})
 
 
@@ -248,14 +267,29 @@ def _enrol_tokens(routes: APIRouter, api: UiApi) -> None:
             raise errors.Forbidden("a key with limits makes no enrol tokens: sign in with one that has none")
         asked = parse(NewEnrolToken, await api.object(request))
         expires_at = api.clock() + asked.expires_in_s if asked.expires_in_s else None
-        token_id, token = await api.enrol_tokens.create(asked.name, reusable=asked.reusable, expires_at=expires_at)
+        token_id, token = await api.enrol_tokens.create(
+            asked.name, reusable=asked.reusable, expires_at=expires_at, by=api.by(request, user)
+        )
         return JSONResponse({"id": token_id, "token": token})
 
     @routes.delete("/enrol-tokens/{token_id}")
     async def revoke_token(token_id: str, request: Request) -> JSONResponse:
-        await api.admin(request, "revokes enrol tokens")
-        await api.enrol_tokens.revoke(token_id)
+        user = await api.admin(request, "revokes enrol tokens")
+        await api.enrol_tokens.revoke(token_id, api.by(request, user))
         return JSONResponse({"id": token_id, "deleted": True})
+
+
+def _audit(routes: APIRouter, api: UiApi) -> None:
+    @routes.get("/audit")
+    async def entries(
+        request: Request,
+        after: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    ) -> JSONResponse:
+        """The newest first; `after` is the last id of the page before."""
+        await api.admin(request, "reads the audit log")
+        rows, more = await api.audit.page(after, limit)
+        return JSONResponse(shapes.page(lambda row: dict(row._mapping), rows, more))
 
 
 def _gpus(routes: APIRouter, api: UiApi) -> None:
@@ -292,14 +326,16 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
     @routes.post("/gpus/{gpu_id}/drain")
     async def drain(gpu_id: str, request: Request) -> JSONResponse:
         """No new live requests for it from this process; those that run go on to their end. DELETE takes it back."""
-        await api.admin(request, "drains gpus")
+        user = await api.admin(request, "drains gpus")
         await api.gpus.drain(gpu_id)
+        await api.audit.write(api.by(request, user), "gpu.drain", gpu_id)
         return JSONResponse({"id": gpu_id, "draining": True})
 
     @routes.delete("/gpus/{gpu_id}/drain")
     async def undrain(gpu_id: str, request: Request) -> JSONResponse:
-        await api.admin(request, "drains gpus")
+        user = await api.admin(request, "drains gpus")
         await api.gpus.drain(gpu_id, on=False)
+        await api.audit.write(api.by(request, user), "gpu.undrain", gpu_id)
         return JSONResponse({"id": gpu_id, "draining": False})
 
     @routes.get("/enrol-token")

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import wire
 from relay import api_gpu, api_openai, api_ops, api_ui, errors
 from relay.accounts import KEY_PREFIX, Accounts
+from relay.audit import Audit
 from relay.blobs import Blobs
 from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
@@ -79,6 +80,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     client = GpuClient(ByTunnel(transport, dialout), clock)
     accounts = Accounts(store, clock)
     enrol_tokens = EnrolTokens(store, clock)
+    audit = Audit(store, clock)
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
@@ -115,6 +117,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             sweeping = asyncio.create_task(keep_sweeping(store, blobs, clock))
             closing.push_async_callback(lambda: asyncio.wait({sweeping}))
             closing.callback(sweeping.cancel)
+            forgetting = asyncio.create_task(audit.keep_sweeping())
+            closing.push_async_callback(lambda: asyncio.wait({forgetting}))
+            closing.callback(forgetting.cancel)
             loop = asyncio.create_task(dispatcher.run())
             closing.push_async_callback(lambda: loop)
             closing.callback(dispatcher.stop)
@@ -143,6 +148,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
                 accounts,
                 passwords,
                 enrol_tokens,
+                audit,
                 gpus,
                 jobs,
                 models,

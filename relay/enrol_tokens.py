@@ -14,6 +14,7 @@ from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay import errors
+from relay.audit import COMMAND_LINE, By, note
 from relay.store import Clock, Store
 from relay.tables import enrol_tokens, gpus
 
@@ -69,7 +70,12 @@ class EnrolTokens:
         return found
 
     async def create(
-        self, name: str | None = None, *, reusable: bool = False, expires_at: float | None = None
+        self,
+        name: str | None = None,
+        *,
+        reusable: bool = False,
+        expires_at: float | None = None,
+        by: By = COMMAND_LINE,
     ) -> tuple[str, str]:
         """Its id and the token."""
         token, token_id = PREFIX + secrets.token_urlsafe(32), f"enrol-token-{secrets.token_hex(6)}"
@@ -77,6 +83,7 @@ class EnrolTokens:
         async with self._store.write() as db:
             made = {"created_at": self._clock(), "expires_at": expires_at, "reusable": reusable}
             await db.execute(insert(enrol_tokens).values(**row, **made))
+            await note(db, self._clock(), by, "enrol_token.create", token_id)
         return token_id, token
 
     async def known(self) -> list[EnrolToken]:
@@ -90,7 +97,7 @@ class EnrolTokens:
             for r in rows
         ]
 
-    async def revoke(self, token_id: str) -> None:
+    async def revoke(self, token_id: str, by: By = COMMAND_LINE) -> None:
         """For good. The gpus that came with it count as gone; their jobs wait again when the leases are over.
 
         Raises NotFound.
@@ -99,6 +106,8 @@ class EnrolTokens:
             mark = update(enrol_tokens).where(enrol_tokens.c.id == token_id, enrol_tokens.c.revoked_at.is_(None))
             done = await db.execute(mark.values(revoked_at=self._clock()))
             await db.execute(update(gpus).where(gpus.c.enrol_token == token_id).values(last_seen_at=LONG_GONE))
+            if done.rowcount:
+                await note(db, self._clock(), by, "enrol_token.revoke", token_id)
         if not done.rowcount:
             raise errors.NotFound(
                 f"no enrol token '{token_id[:50]}' that is still good: 'python -m relay tokens list' shows them"

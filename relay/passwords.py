@@ -18,6 +18,7 @@ from sqlalchemy import delete, insert, select, update
 
 from relay import errors
 from relay.accounts import Accounts
+from relay.audit import COMMAND_LINE, By, note
 from relay.limits import Buckets
 from relay.store import Clock, Store
 from relay.tables import keys, passwords, sessions, users
@@ -43,7 +44,7 @@ class Passwords:
 
     async def check(self, name: str, password: str, address: str) -> str:
         """The hash of the key that it stands for. Raises InvalidKey, RateLimited, TooMany."""
-        for what, limit in ((f"name {name}", TRIES_PER_NAME), (f"from {_network(address)}", TRIES_PER_ADDRESS)):
+        for what, limit in ((f"name {name}", TRIES_PER_NAME), (f"from {network(address)}", TRIES_PER_ADDRESS)):
             taken, bucket = self._tries.take(what, limit)
             if not taken:
                 wait_s = str(bucket.seconds_until(1))
@@ -63,12 +64,12 @@ class Passwords:
             raise errors.InvalidKey("this name and password do not go together")
         return await self._key_of(row.id, row.argon2)
 
-    async def set(self, name: str, password: str) -> None:
+    async def set(self, name: str, password: str, by: By = COMMAND_LINE) -> None:
         """Makes the user if there is none; ends the sessions that were opened by password. Raises InvalidRequest."""
         if not MIN_CHARS <= len(password) <= MAX_CHARS:
             raise errors.InvalidRequest(f"a password has {MIN_CHARS} to {MAX_CHARS} characters", param="password")
         made = await self._hash(password)
-        user_id = await self._accounts.make_user(name)
+        user_id = await self._accounts.make_user(name, by)
         async with self._store.write() as db:
             old = (await db.execute(select(keys.c.sha256).where(keys.c.id == _key_id(user_id)))).scalar_one_or_none()
             await db.execute(delete(sessions).where(sessions.c.key_sha256 == old))
@@ -77,6 +78,7 @@ class Passwords:
             done = await db.execute(update(passwords).where(passwords.c.user_id == user_id).values(**row))
             if not done.rowcount:
                 await db.execute(insert(passwords).values(user_id=user_id, **row))
+            await note(db, self._clock(), by, "password.set", name)
         self._accounts.forget()
 
     async def has(self, user_id: str) -> bool:
@@ -138,7 +140,7 @@ def _normal(password: str) -> bytes:
     return unicodedata.normalize("NFC", password).encode("utf-8", "surrogatepass")
 
 
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """Whoever has one IPv6 address has its /64."""
     try:
         ip = ipaddress.ip_address(address)

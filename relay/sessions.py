@@ -16,6 +16,7 @@ from starlette.requests import cookie_parser
 
 from relay import errors
 from relay.accounts import Accounts, User
+from relay.audit import By, note
 from relay.store import Clock, Store
 from relay.tables import sessions
 
@@ -48,11 +49,11 @@ class Sessions:
             pass
         raise errors.InvalidKey("the session is over: sign in again")
 
-    async def open(self, key: str) -> tuple[str, User]:
+    async def open(self, key: str, address: str = "") -> tuple[str, User]:
         """A new session's token, and whose it is. Raises InvalidKey."""
-        return await self.open_by_hash(_sha256(key.strip()))
+        return await self.open_by_hash(_sha256(key.strip()), address)
 
-    async def open_by_hash(self, key_sha256: str) -> tuple[str, User]:
+    async def open_by_hash(self, key_sha256: str, address: str = "") -> tuple[str, User]:
         """For the key with this hash. Raises InvalidKey."""
         user = await self._accounts.user_of_hash(key_sha256)
         now, token = self._clock(), secrets.token_urlsafe(32)
@@ -60,6 +61,7 @@ class Sessions:
         async with self._store.write() as db:
             await db.execute(delete(sessions).where(sessions.c.expires_at <= now))
             await db.execute(insert(sessions).values(**row, created_at=now, expires_at=now + SESSION_S))
+            await note(db, now, By(user.name, address), "session.open", user.key_id)
         return token, user
 
     async def close(self, headers: Mapping[str, str], *, secure: bool) -> None:

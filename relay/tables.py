@@ -71,6 +71,18 @@ sessions = Table(
     Column("expires_at", Float, nullable=False),
 )
 
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("who", String(100), nullable=False),  # a name and no reference: it outlives the user
+    Column("action", String(40), nullable=False),
+    Column("target", String(400), nullable=False),
+    Column("address", String(64), nullable=False),
+    Index("audit_by_age", "at"),
+)
+
 enrol_tokens = Table(
     "enrol_tokens",  # those that were made; the fixed one is in the settings
     metadata,

@@ -31,6 +31,10 @@ ROUTES = [
     ("GET", "/v1/fine_tuning/jobs/x"),
     ("GET", "/v1/fine_tuning/jobs/x/events"),
     ("POST", "/v1/fine_tuning/jobs/x/cancel"),
+    ("GET", "/api/enrol-tokens"),
+    ("POST", "/api/enrol-tokens"),
+    ("DELETE", "/api/enrol-tokens/x"),
+    ("GET", "/api/audit"),
 ]
 
 
