@@ -65,6 +65,7 @@ class _Server(uvicorn.Server):
 def serve(config: Settings) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
         listener = _listen(config)
     except OSError as exc:
@@ -79,8 +80,8 @@ def serve(config: Settings) -> int:
     options = uvicorn.Config(
         app,
         lifespan="on",
-        loop="uvloop",
-        http="httptools",
+        loop="auto",
+        http="auto",
         log_config=None,
         access_log=False,
         server_header=False,

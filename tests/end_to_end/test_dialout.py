@@ -83,7 +83,7 @@ def test_a_gpu_that_is_asked_to_stop_hands_its_job_to_another_at_once(tiny_dir: 
             follow(relay, job_id, lambda job: job.status == "running")
             relay.client().fine_tuning.jobs.cancel(job_id)
         said = messages(relay, job_id)
-        assert "The gpu handed the job back: stopped by its owner. The job waits for a gpu again." in said
+        assert "The gpu stops. The job waits for a gpu again" in said
         assert "Attempt" not in said
 
 
