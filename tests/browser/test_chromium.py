@@ -228,6 +228,27 @@ def test_a_job_is_cancelled_after_a_question(chromium: Browser, stack: Stack, pi
         visit.look(pictures / "job-cancelled.png")
 
 
+def test_a_job_is_paused_keeps_its_checkpoint_and_goes_on(chromium: Browser, stack: Stack, pictures: Path) -> None:
+    http = stack.relay.http()
+    upload = {"file": ("rows.jsonl", "\n".join([json.dumps(ROW)] * 200).encode())}
+    file = http.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()
+    job = http.post("/v1/fine_tuning/jobs", json={"model": stack.model, "training_file": file["id"]}).json()
+    with visiting(chromium, stack.relay) as visit:
+        visit.sign_in()
+        visit.go(f"/training/{job['id']}")
+        page = visit.page
+        expect(page.get_by_text(re.compile(r"^Step \d+ of \d+$")).first).to_be_visible(timeout=SLOW_MS)
+        visit.button("Pause").click()
+        expect(page.get_by_text("Paused", exact=True)).to_be_visible(timeout=SLOW_MS)
+        expect(page.get_by_text(re.compile(r"^1 checkpoint, at step \d+$"))).to_be_visible(timeout=SLOW_MS)
+        visit.look(pictures / "job-paused.png")
+        visit.button("Resume").click()
+        expect(page.get_by_text(re.compile(r"^Goes on at step \d+ of \d+ from the checkpoint of"))).to_be_visible(
+            timeout=SLOW_MS
+        )
+    http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").raise_for_status()
+
+
 def test_dials_by_keyboard_reach_the_gpu_and_stand_beside_the_answer(chromium: Browser, stack: Stack) -> None:
     with visiting(chromium, stack.relay) as visit:
         page = visit.page

@@ -94,8 +94,11 @@ export const job = z.object({
   layers: z.array(layerSpec),
   gpu: z.string().nullable(),
   attempts: z.number(),
+  pausing: z.boolean(), // asked for, and the gpu has not given the job back yet
 });
 export type Job = z.infer<typeof job>;
+
+export const checkpoint = z.object({ step_number: z.number() });
 
 export const jobEvent = z.object({
   id: z.string(),

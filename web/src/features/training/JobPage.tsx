@@ -15,7 +15,7 @@ import { Link, useNavigate, useParams } from 'react-router';
 import css from './JobPage.module.css';
 import { LossChart } from './LossChart';
 import { isOpen, progressOf, type Progress } from './progress';
-import { cancelJob, fileQuery } from './queries';
+import { cancelJob, checkpointsQuery, fileQuery, pauseJob, resumeJob } from './queries';
 import { StatusBadge } from './StatusBadge';
 import { useJobStream } from './useJobStream';
 
@@ -40,7 +40,16 @@ export function JobPage() {
     <Page
       title={t('job.title', { name: job.user_provided_suffix ?? t('job.untitled') })}
       above={back}
-      actions={isOpen(job) ? <Cancel job={job} /> : <Again job={job} />}
+      actions={
+        isOpen(job) ? (
+          <Group gap="sm">
+            <Pause job={job} />
+            <Cancel job={job} />
+          </Group>
+        ) : (
+          <Again job={job} />
+        )
+      }
     >
       <div className={css.cards}>
         <State job={job} progress={progress} connected={connected} />
@@ -74,7 +83,7 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
   return (
     <section className={css.state} aria-live="polite">
       <Group justify="space-between" gap="sm">
-        <StatusBadge status={job.status} />
+        <StatusBadge job={job} />
         {isOpen(job) ? (
           <Text size="xs" c="dimmed">
             {connected ? t('job.live') : t('job.offline')}
@@ -86,12 +95,14 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
         )}
       </Group>
       {job.status === 'queued' ? <Text>{t('job.waiting', { model: job.model.split('/').at(-1) })}</Text> : null}
+      {job.pausing ? <Text>{t('job.pausing')}</Text> : null}
+      {job.status === 'paused' ? <Text>{t('job.paused')}</Text> : null}
       {job.status === 'running' && step === null ? <Text>{t('job.starting')}</Text> : null}
       {step !== null && totalSteps ? (
         <div>
           <Group justify="space-between" mb={6}>
             <Text fw={600}>{t('job.progress', { step, total: totalSteps })}</Text>
-            {eta !== null && job.status === 'running' ? (
+            {eta !== null && job.status === 'running' && !job.pausing ? (
               <Text c="dimmed">{t('job.eta', { time: duration(eta, i18n.language) })}</Text>
             ) : null}
           </Group>
@@ -102,6 +113,7 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
           />
         </div>
       ) : null}
+      {isOpen(job) ? <Kept job={job} /> : null}
       {job.status === 'succeeded' && job.fine_tuned_model ? (
         <Alert color="fern" variant="light" title={t('job.doneTitle')} icon={<Icon name="check" />}>
           <Text size="sm">{t('job.doneText', { model: job.fine_tuned_model })}</Text>
@@ -117,6 +129,18 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
       ) : null}
       {job.error ? <ErrorNote error={new ApiError(job.error.message, 0, 'training')} /> : null}
     </section>
+  );
+}
+
+/** From where it would go on. */
+function Kept({ job }: { job: Job }) {
+  const { t } = useTranslation();
+  const steps = useQuery(checkpointsQuery(job.id)).data;
+  if (!steps?.length) return null;
+  return (
+    <Text size="sm" c="dimmed">
+      {t('job.checkpoints', { count: steps.length, step: steps[0] })}
+    </Text>
   );
 }
 
@@ -188,6 +212,21 @@ function Events({ events }: { events: readonly JobEvent[] }) {
           </ol>
         </Fold>
       ) : null}
+    </>
+  );
+}
+
+/** Or its opposite. The stream tells what comes of it. */
+function Pause({ job }: { job: Job }) {
+  const { t } = useTranslation();
+  const goesOn = job.pausing || job.status === 'paused';
+  const changing = useMutation({ mutationFn: goesOn ? resumeJob : pauseJob });
+  return (
+    <>
+      {changing.error ? <ErrorNote error={changing.error} /> : null}
+      <Button variant="default" loading={changing.isPending} onClick={() => changing.mutate(job.id)}>
+        {t(goesOn ? 'job.resume' : 'job.pause')}
+      </Button>
     </>
   );
 }

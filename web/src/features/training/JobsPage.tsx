@@ -63,7 +63,7 @@ function JobRow({ job }: { job: Job }) {
     <li>
       <Link to={`/training/${job.id}`} className={css.row}>
         <span className={css.name}>{job.user_provided_suffix ?? t('job.untitled')}</span>
-        <StatusBadge status={job.status} />
+        <StatusBadge job={job} />
         <span className={css.more}>
           {[
             t('training.onModel', { model: job.model.split('/').at(-1) }),

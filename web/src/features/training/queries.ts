@@ -1,5 +1,5 @@
 import { api } from '@/lib/api';
-import { file, job, list, modelLayers, preview, type Job, type LayerSpec } from '@/types/api';
+import { checkpoint, file, job, list, modelLayers, preview, type Job, type LayerSpec } from '@/types/api';
 import { infiniteQueryOptions, queryOptions } from '@tanstack/react-query';
 
 export const JOBS_A_PAGE = 20;
@@ -15,6 +15,17 @@ export const jobsQuery = infiniteQueryOptions({
 
 export const jobQuery = (id: string) =>
   queryOptions({ queryKey: ['jobs', id], queryFn: ({ signal }) => api.get(`/v1/fine_tuning/jobs/${id}`, job, signal) });
+
+/** Steps of those that are kept, the newest first. They go with the end of the job. */
+export const checkpointsQuery = (id: string) =>
+  queryOptions({
+    queryKey: ['checkpoints', id],
+    queryFn: async ({ signal }) =>
+      (await api.get(`/v1/fine_tuning/jobs/${id}/checkpoints`, list(checkpoint), signal)).data.map(
+        (each) => each.step_number,
+      ),
+    refetchInterval: 10_000,
+  });
 
 export const filesQuery = queryOptions({
   queryKey: ['files'],
@@ -62,4 +73,6 @@ export interface NewJob {
 
 export const createJob = (asked: NewJob): Promise<Job> => api.post('/v1/fine_tuning/jobs', asked, job);
 export const cancelJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/cancel`, {}, job);
+export const pauseJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/pause`, {}, job);
+export const resumeJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/resume`, {}, job);
 export const deleteFile = (id: string): Promise<void> => api.delete(`/v1/files/${id}`);
