@@ -98,7 +98,9 @@ async def _times_ms(folder: Path, n_gpus: int, n_jobs: int) -> dict[str, float]:
         leases, listed = Leases(store, blobs, settings, clock), Jobs(store, blobs, clock)
 
         async def claim(_: int) -> None:
-            assert await leases.claim((await leases.matches())[0]) is not None
+            match = await leases.next_match()
+            assert match is not None
+            assert await leases.claim(match) is not None
 
         async def heartbeat(number: int) -> None:
             which = number * 7 % n_gpus

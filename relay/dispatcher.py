@@ -57,18 +57,12 @@ class Dispatcher:
         await self._gpus.prove()
         if await self._leases.expire():
             log.warning("leases were over; their jobs wait again")
-        jobs: set[str] = set()
-        gpus: set[str] = set()
-        for match in await self._leases.matches():
-            if match.job_id in jobs or match.gpu_id in gpus:
-                continue
+        while not self._stopping.is_set() and (match := await self._leases.next_match()):
             fence = await self._leases.claim(match)
-            jobs.add(match.job_id)
-            gpus.add(match.gpu_id)
-            if fence is not None:
-                log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
-                self.ring(match.gpu_id)
-                self.wake()  # there may be more than one round can see
+            if fence is None:
+                return  # somebody else was first; the next round looks again
+            log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
+            self.ring(match.gpu_id)
 
     async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease], hold_s: float) -> list[wire.Command]:
         """What the gpu must do; waits for it up to `hold_s`."""

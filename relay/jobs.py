@@ -20,7 +20,7 @@ from relay.tables import LEASED, OPEN, checkpoints, files, job_events, jobs
 
 JobRow = Row[Any]
 EventRow = Row[Any]
-NO_LEASE: Mapping[str, None] = {"gpu_id": None, "gpu_epoch": None, "lease_until": None, "pause_asked_at": None}
+NO_LEASE: Mapping[str, None] = dict.fromkeys(("gpu_id", "gpu_epoch", "lease_until", "leased_at", "pause_asked_at"))
 OVER: Mapping[str, int | None] = {**NO_LEASE, "reserved_bytes": 0, "estimated_finish": None}
 
 

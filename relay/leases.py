@@ -12,15 +12,16 @@ from sqlalchemy import ColumnElement, Select, and_, exists, insert, or_, select,
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors
+from relay import errors, fairness
 from relay.blobs import Blobs
 from relay.jobs import NO_LEASE, OVER, JobRow, forget, say
 from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.tables import LEASED, checkpoints, gpus, job_events, jobs, models, offers
+from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, jobs, models, offers, users
 
 MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
-MATCHES_SHOWN = 200  # pairs of job and gpu that one round of dispatching looks at
+HEADS_SHOWN = 1000  # pairs of user and base model that one look compares
+LIFE_S = 120.0  # a gpu whose runtime ends sooner gets no new job: it would hardly train a step
 MAX_ETA_S = 365 * 86400
 MODEL_ID_HEX = 12  # of the job's id, in the id of its model
 
@@ -32,6 +33,8 @@ class Match:
     job_id: str
     gpu_id: str
     gpu_epoch: int
+    waiting: frozenset[str] = frozenset()  # users, who gain as much credit each
+    gain_s: float = 0.0
 
 
 class Leases:
@@ -48,51 +51,96 @@ class Leases:
 
     # --- the dispatcher's side ---
 
-    async def matches(self) -> list[Match]:
-        """The job that waits longest first; for each its gpus: alive, idle, with the base model; a fresh one first."""
-        busy = exists().where(jobs.c.gpu_id == gpus.c.id).correlate(gpus)
-        waiting = jobs.alias("waiting")
-        query = (
-            select(waiting.c.id, gpus.c.id.label("gpu_id"), gpus.c.epoch)
-            .select_from(waiting)
-            .join(offers, offers.c.model_id == waiting.c.base_model)
-            .join(gpus, gpus.c.id == offers.c.gpu_id)
-            .where(waiting.c.status == "queued", gpus.c.last_seen_at >= self._clock() - self._settings.alive_s, ~busy)
-            .order_by(
-                waiting.c.created_at,
-                waiting.c.id,
-                waiting.c.last_gpu_id == gpus.c.id,
-                offers.c.loaded.desc(),
-                gpus.c.id,
-            )
-            .limit(MATCHES_SHOWN)
-        )
+    async def next_match(self) -> Match | None:
+        """The job whose turn it is (fairness.py), and the gpu that suits it best. None: nothing can be handed out.
+
+        A gpu where it did not run last comes first, then one with the base model in memory, then the most free memory.
+        """
         async with self._store.read() as db:
-            return [Match(r.id, r.gpu_id, r.epoch) for r in await db.execute(query)]
+            takes = exists().where(offers.c.model_id == base_models.c.id, offers.c.gpu_id == gpus.c.id, self._idle())
+            able = (await db.execute(select(base_models.c.id).where(takes))).scalars().all()
+            if not able:
+                return None
+            heads = await self._heads(db, able)
+            turn = fairness.turn(heads, self._clock())
+            if turn is None:
+                return None
+            job = jobs.alias("waiting")
+            suits = (
+                select(gpus.c.id, gpus.c.epoch)
+                .select_from(job)
+                .join(offers, offers.c.model_id == job.c.base_model)
+                .join(gpus, gpus.c.id == offers.c.gpu_id)
+                .where(job.c.id == turn.head.job_id, self._idle())
+                .order_by(job.c.last_gpu_id == gpus.c.id, offers.c.loaded.desc(), gpus.c.free_bytes.desc(), gpus.c.id)
+            )
+            gpu = (await db.execute(suits.limit(1))).one()
+        return Match(turn.head.job_id, gpu.id, gpu.epoch, frozenset(head.owner for head in heads), turn.gain_s)
+
+    async def _heads(self, db: AsyncConnection, able: Sequence[str]) -> list[fairness.Head]:
+        """For each user and base model that a gpu could take, the job that waits longest."""
+        queued = (jobs.c.status == "queued") & jobs.c.base_model.in_(able)
+        pair = select(jobs.c.base_model, jobs.c.owner).where(queued).distinct().limit(HEADS_SHOWN).subquery()
+        longest = jobs.alias("longest")
+        theirs = (longest.c.base_model == pair.c.base_model) & (longest.c.owner == pair.c.owner)
+        oldest = (
+            select(longest.c.id)
+            .where(longest.c.status == "queued", theirs)
+            .order_by(longest.c.created_at, longest.c.id)
+            .limit(1)
+            .correlate(pair)
+            .scalar_subquery()
+        )
+        rows = await db.execute(
+            select(*_COST, jobs.c.id, jobs.c.created_at, users.c.credit_s, users.c.served_at)
+            .select_from(pair)
+            .join(jobs, jobs.c.id == oldest)
+            .join(users, users.c.id == jobs.c.owner)
+        )
+        return [
+            fairness.Head(row.id, row.owner, _cost_s(row), max(row.created_at, row.served_at), row.credit_s)
+            for row in rows
+        ]
+
+    def _idle(self) -> ColumnElement[bool]:
+        """Of a gpu: it may be given a job now."""
+        holder = jobs.alias("holder")
+        now = self._clock()
+        return and_(
+            gpus.c.last_seen_at >= now - self._settings.alive_s,
+            ~gpus.c.draining,
+            gpus.c.runtime_ends_at.is_(None) | (gpus.c.runtime_ends_at >= now + LIFE_S),
+            ~exists().where(holder.c.gpu_id == gpus.c.id).correlate(gpus),
+        )
 
     async def claim(self, match: Match) -> int | None:
         """queued -> leased, raising the fence, which it returns. None if somebody was first, or the gpu left."""
-        other = jobs.alias("other")
-        free = ~exists().where(other.c.gpu_id == match.gpu_id)
-        since = self._clock() - self._settings.alive_s  # a goodbye may have come since the match was seen
-        same = exists().where(gpus.c.id == match.gpu_id, gpus.c.epoch == match.gpu_epoch, gpus.c.last_seen_at >= since)
+        # a goodbye, or a drain, may have come since the match was seen
+        same = exists().where(gpus.c.id == match.gpu_id, gpus.c.epoch == match.gpu_epoch, self._idle())
         values = {
             "status": "leased",
             "fence": jobs.c.fence + 1,
             "gpu_id": match.gpu_id,
             "last_gpu_id": match.gpu_id,
             "gpu_epoch": match.gpu_epoch,
+            "leased_at": self._clock(),
             "lease_until": self._term(),
         }
         async with self._store.write() as db:
-            claimed = update(jobs).where(jobs.c.id == match.job_id, jobs.c.status == "queued", free, same)
-            done = await db.execute(claimed.values(**values).returning(jobs.c.fence))
-            fence: int | None = done.scalar_one_or_none()
-            if fence is not None:
-                name = select(gpus.c.name).where(gpus.c.id == match.gpu_id)
-                await say(
-                    db, self._clock(), match.job_id, fence, f"Given to gpu '{(await db.execute(name)).scalar_one()}'."
-                )
+            claimed = update(jobs).where(jobs.c.id == match.job_id, jobs.c.status == "queued", same)
+            done = await db.execute(claimed.values(**values).returning(jobs.c.fence, *_COST))
+            job = done.one_or_none()
+            if job is None:
+                return None
+            if match.gain_s:
+                gains = update(users).where(users.c.id.in_(match.waiting))
+                await db.execute(gains.values(credit_s=users.c.credit_s + match.gain_s))
+            had_s = (await db.execute(select(users.c.credit_s).where(users.c.id == job.owner))).scalar_one()
+            paid = {"credit_s": fairness.paid_s(had_s, _cost_s(job)), "served_at": self._clock()}
+            await db.execute(update(users).where(users.c.id == job.owner).values(**paid))
+            name = (await db.execute(select(gpus.c.name).where(gpus.c.id == match.gpu_id))).scalar_one()
+            await say(db, self._clock(), match.job_id, job.fence, f"Given to gpu '{name}'.")
+        fence: int = job.fence
         return fence
 
     async def expire(self) -> int:
@@ -279,6 +327,9 @@ class Leases:
         if attempts >= MAX_ATTEMPTS:
             await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
             return
+        if job.leased_at is not None and (unused_s := _cost_s(job) - (self._clock() - job.leased_at)) > 0:
+            back = update(users).where(users.c.id == job.owner)
+            await db.execute(back.values(credit_s=users.c.credit_s + unused_s))
         paused = job.pause_asked_at is not None
         values = {"status": "paused" if paused else "queued", "estimated_finish": None, **NO_LEASE}
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
@@ -324,6 +375,15 @@ def job_spec(job: JobRow, kept: Sequence[wire.Checkpoint] = ()) -> wire.JobSpec:
         validation_file=job.validation_blob,
         checkpoints=list(kept),
     )
+
+
+_COST = (jobs.c.owner, jobs.c.estimated_s, jobs.c.training_blob, jobs.c.hyperparameters)
+
+
+def _cost_s(job: Any) -> float:
+    """Of gpu time, to its owner."""
+    n_epochs = job.hyperparameters.get("n_epochs", "auto")
+    return fairness.estimate_s(job.estimated_s, job.training_blob["bytes"], n_epochs)
 
 
 def _locked(where: ColumnElement[bool]) -> Select[Any]:

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 metadata = MetaData()
@@ -30,6 +31,8 @@ users = Table(
     Column("id", String(40), primary_key=True),
     Column("name", String(100), nullable=False, unique=True),
     Column("created_at", Float, nullable=False),
+    Column("credit_s", Float, nullable=False, default=0.0, server_default="0"),  # of gpu time (fairness.py)
+    Column("served_at", Float, nullable=False, default=0.0, server_default="0"),  # a job of theirs was claimed last
 )
 
 keys = Table(
@@ -114,6 +117,7 @@ gpus = Table(
     Column("free_bytes", BigInteger, nullable=False),
     Column("active_requests", Integer, nullable=False, default=0),
     Column("runtime_ends_at", Float),
+    Column("draining", Boolean, nullable=False, default=False, server_default=false()),  # gets nothing new
     Column("enrolled_at", Float, nullable=False),
     Column("last_seen_at", Float, nullable=False),
     Column("enrol_token", String(40)),  # the id of the one that it came with; null: the fixed one
@@ -166,7 +170,8 @@ files = Table(
 #   paused     -> queued      its owner
 #   queued | paused | leased | running | finalizing -> cancelled    its owner; the fence rises
 #
-# A lease (gpu_id, gpu_epoch, lease_until) exists in LEASED states and in no other. Checkpoints exist while it is OPEN.
+# A lease (gpu_id, gpu_epoch, lease_until, leased_at) exists in LEASED states and in no other.
+# Checkpoints exist while it is OPEN.
 Status = Literal["queued", "leased", "running", "finalizing", "paused", "succeeded", "failed", "cancelled"]
 LEASED: Final[tuple[Status, ...]] = ("leased", "running", "finalizing")
 OPEN: Final[tuple[Status, ...]] = ("queued", *LEASED, "paused")
@@ -193,6 +198,7 @@ jobs = Table(
     Column("gpu_id", ForeignKey("gpus.id")),
     Column("gpu_epoch", Integer),
     Column("lease_until", Float),
+    Column("leased_at", Float),  # what its owner paid for and did not use is given back
     Column("last_gpu_id", String(40)),  # where it ran last, for the record and to try another first
     Column("attempts", Integer, nullable=False, default=0),  # leases lost in a row without a new checkpoint
     Column("saved_step", Integer, nullable=False, default=0, server_default="0"),  # of the newest checkpoint
@@ -208,6 +214,7 @@ jobs = Table(
     Column("trained_tokens", BigInteger),
     Index("jobs_by_owner", "owner", "created_at"),
     Index("jobs_by_status", "status", "created_at"),
+    Index("jobs_by_turn", "status", "base_model", "owner", "created_at"),
     Index("jobs_by_gpu", "gpu_id"),
 )
 

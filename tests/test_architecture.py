@@ -32,7 +32,7 @@ FLOORS: dict[str, list[list[str]]] = {
             "audit",
             "jobs",
         ],
-        ["gpu_client", "calls", "roster", "breaker"],
+        ["gpu_client", "calls", "roster", "breaker", "fairness"],
         ["dialout", "transport", "sweep", "health"],
         ["blobs", "store"],
         ["migrate", "tables"],
