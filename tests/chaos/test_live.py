@@ -3,7 +3,7 @@
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,10 @@ async def answer(zygote: Zygote, tiny_dir: Path, tmp_path_factory: pytest.TempPa
 
 
 async def test_a_gpu_killed_before_the_first_token_is_replaced_and_the_answer_comes_once(
-    world: World, way: Way, answer: str
+    start_world: Callable[..., Any], way: Way, answer: str
 ) -> None:
+    patient = {"RELAY_HEARTBEAT_S": "10", "RELAY_LEASE_S": "30"}  # the first is not called silent before it is killed
+    world: World = await start_world(**patient)
     cable = await world.cable(way)
     first = await world.gpu("first", way, cable)
     await world.until_reachable("first")

@@ -1,14 +1,16 @@
 """This machine's name service, as a hostile one would be: put first on PYTHONPATH, Python loads it at its start.
 
 NAMES_DOUBLE is a JSON file: name -> [address, port] where every look-up leads; each is noted in `<file>.asked`.
-uvloop resolves names past Python, so the process does without it.
+uvloop resolves names past Python, so asyncio's own loop stands in for it.
 """
 
+import asyncio
 import json
 import os
 import socket
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 FILE = Path(os.environ["NAMES_DOUBLE"])
@@ -25,4 +27,6 @@ def getaddrinfo(host: Any, port: Any, *arguments: Any, **more: Any) -> Any:
 
 
 socket.getaddrinfo = getaddrinfo
-sys.modules["uvloop"] = None  # type: ignore[assignment]
+plain: Any = ModuleType("uvloop")
+plain.new_event_loop = asyncio.new_event_loop
+sys.modules["uvloop"] = plain
