@@ -309,7 +309,7 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
                     "alive": alive,
                     "reachable": alive and api.gpus.reachable(row.id, row.epoch),
                     "breaker": api.gpus.breaker_state(row.id, row.epoch),
-                    "draining": api.gpus.is_draining(row.id),
+                    "draining": row.draining,
                     "tunnel": row.tunnel,
                     "device": row.device,
                     "free_bytes": row.free_bytes,

@@ -51,7 +51,6 @@ class Gpus:
         self._in_flight: Counter[str] = Counter()  # the same, counted by gpu
         self._roster = Roster(store, settings.alive_s, clock)
         self._breakers: dict[str, Breaker] = {}  # of those that failed last; the others' are closed
-        self._draining: set[str] = set()
         self._wanted: Counter[str] = Counter()  # base models that live requests of this process wait for
         self._told_to_load: dict[tuple[str, str], tuple[int, float]] = {}  # gpu and model: in which epoch, when
 
@@ -93,11 +92,14 @@ class Gpus:
         async with self._store.write() as db:
             if token_id is not None:
                 await enrol_tokens.use(db, token_id, instance, now)
-            known = select(gpus.c.id, gpus.c.epoch).where(gpus.c.instance_sha256 == instance)
+            known = select(gpus.c.id, gpus.c.epoch, gpus.c.process, gpus.c.draining).where(
+                gpus.c.instance_sha256 == instance
+            )
             found = (await db.execute(known)).one_or_none()
             gpu_id, epoch = (found.id, found.epoch + 1) if found else (f"gpu-{secrets.token_hex(6)}", 1)
             if found:
-                await db.execute(update(gpus).where(gpus.c.id == gpu_id).values(**row, epoch=epoch))
+                drains = found.draining and found.process == request.process
+                await db.execute(update(gpus).where(gpus.c.id == gpu_id).values(**row, epoch=epoch, draining=drains))
             else:
                 await db.execute(insert(gpus).values(**row, id=gpu_id, epoch=epoch, instance_sha256=instance))
             await self._offer(db, gpu_id, request.models)
@@ -203,7 +205,6 @@ class Gpus:
         # Since its enrolment, too: it must have read our reply before it can prove anything. Who is gone is forgotten.
         self._tried_at = {i: max(self._tried_at.get(i, 0.0), gpu.enrolled_at) for i, gpu in alive.items()}
         self._breakers = {i: b for i, b in self._breakers.items() if i in alive and b.epoch == alive[i].to.epoch}
-        self._draining &= alive.keys()
         self._told_to_load = {key: told for key, told in self._told_to_load.items() if key[0] in alive}
         for gpu_id, gpu in alive.items():
             due = gpu_id == at_once or now - self._tried_at[gpu_id] >= self._settings.heartbeat_s
@@ -247,7 +248,7 @@ class Gpus:
         able = [
             gpu
             for gpu in await self._roster.offering(model)
-            if gpu.to.gpu_id not in exclude and self._takes_requests(gpu.to)
+            if gpu.to.gpu_id not in exclude and not gpu.draining and self._takes_requests(gpu.to)
         ]
         if not able:
             return None
@@ -256,7 +257,7 @@ class Gpus:
         return min(able, key=lambda gpu: self._burden(gpu, model)).to
 
     def _takes_requests(self, to: Endpoint) -> bool:
-        if not self.reachable(to.gpu_id, to.epoch) or to.gpu_id in self._draining:
+        if not self.reachable(to.gpu_id, to.epoch):
             return False
         breaker = self._breakers.get(to.gpu_id)
         return breaker is None or breaker.epoch != to.epoch or breaker.lets_through(self._clock())
@@ -306,13 +307,15 @@ class Gpus:
         return breaker.state(self._clock()) if breaker and breaker.epoch == epoch else "closed"
 
     async def drain(self, gpu_id: str, *, on: bool = True) -> None:
-        """No new live requests, until told otherwise or gone; those that run go on to their end. Raises NotFound."""
+        """No new work until told otherwise or started anew: live requests go on to their end, jobs are given back.
+
+        Raises NotFound.
+        """
         if gpu_id not in {gpu.to.gpu_id for gpu in await self._roster.alive()}:
             raise errors.NotFound(f"no gpu '{gpu_id[:50]}' is alive: GET /api/gpus names those that are")
-        (self._draining.add if on else self._draining.discard)(gpu_id)
-
-    def is_draining(self, gpu_id: str) -> bool:
-        return gpu_id in self._draining
+        async with self._store.write() as db:
+            await db.execute(update(gpus).where(gpus.c.id == gpu_id).values(draining=on))
+        self._roster.changed()
 
     async def any_alive(self, model: str) -> bool:
         """Whether a gpu with this base model is there, reachable or not."""

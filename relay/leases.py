@@ -192,12 +192,16 @@ class Leases:
         query = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.gpu_epoch == by.epoch, jobs.c.status.in_(LEASED))
         async with self._store.read() as db:
             mine = {(job.id, job.fence): job for job in await db.execute(query)}
+            drains = select(gpus.c.id).where(gpus.c.id == by.gpu_id, gpus.c.draining)
+            draining = bool(mine) and (await db.execute(drains)).first() is not None
         reported = {(lease.job_id, lease.fence) for lease in held}
         cancels = [wire.CancelLease(job_id=job_id, fence=fence) for job_id, fence in sorted(reported - mine.keys())]
         pauses = [
             wire.PauseLease(job_id=job_id, fence=fence)
             for (job_id, fence), job in mine.items()
-            if (job_id, fence) in reported and job.pause_asked_at is not None and job.status != "finalizing"
+            if (job_id, fence) in reported
+            and (draining or job.pause_asked_at is not None)  # whose owner has not asked is queued again
+            and job.status != "finalizing"
         ]
         grants = [
             wire.GrantLease(fence=fence, job=job_spec(job, await self._checkpoints(job_id)))

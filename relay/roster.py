@@ -25,6 +25,7 @@ class Listed:
     to: Endpoint
     enrolled_at: float
     last_seen_at: float
+    draining: bool
     loaded: Mapping[str, bool]  # of each base model that it offers
 
 
@@ -77,13 +78,14 @@ class Roster:
             columns = (gpus.c.id, gpus.c.epoch, gpus.c.name, gpus.c.tunnel, gpus.c.url, gpus.c.signing_key)
             has = select(offers).join(gpus, gpus.c.id == offers.c.gpu_id).where(recent)
             async with self._store.read() as db:
-                rows = (await db.execute(select(*columns, gpus.c.enrolled_at, gpus.c.last_seen_at).where(recent))).all()
+                state = (gpus.c.enrolled_at, gpus.c.last_seen_at, gpus.c.draining)
+                rows = (await db.execute(select(*columns, *state).where(recent))).all()
                 offered = (await db.execute(has)).all()
             loaded: dict[str, dict[str, bool]] = {row.id: {} for row in rows}
             for offer in offered:
                 if offer.gpu_id in loaded:
                     loaded[offer.gpu_id][offer.model_id] = offer.loaded
-            self._listed = {row[0]: Listed(Endpoint(*row[:6]), row[6], row[7], loaded[row[0]]) for row in rows}
+            self._listed = {row[0]: Listed(Endpoint(*row[:6]), *row[6:], loaded[row[0]]) for row in rows}
             self._offering = {}
             for gpu in self._listed.values():
                 for model in gpu.loaded:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import wire
 from relay import fairness
 from tests.relay.conftest import Relay
 from tests.relay.double_gpu import BASE, DoubleGpu, held
@@ -125,3 +126,21 @@ async def test_a_gpu_that_ends_soon_gets_no_new_job(relay: Relay, gpu: DoubleGpu
         grant = await other.next_grant()
         assert grant.job.job_id == job.id
         assert (await other.beat(held(grant))).commands == []
+
+
+async def test_a_gpu_that_drains_gives_its_job_back_and_gets_none(relay: Relay, gpu: DoubleGpu) -> None:
+    job = await relay.openai.fine_tuning.jobs.create(model=BASE, training_file=await relay.upload())
+    grant = await gpu.next_grant()
+    drain = f"/api/gpus/{gpu.by.gpu_id}/drain"
+    assert (await relay.http.post(drain)).status_code == 200
+    asked = (await gpu.beat(held(grant))).commands
+    assert asked == [wire.PauseLease(job_id=job.id, fence=grant.fence)]
+    release = wire.Release(fence=grant.fence, reason="paused")
+    assert (await gpu.call("POST", f"/gpu/jobs/{job.id}/release", release)).status_code == 200
+    waits = await relay.openai.fine_tuning.jobs.retrieve(job.id)
+    assert waits.status == "queued"
+    async with relay.gpu() as other:
+        assert (await other.next_grant()).job.job_id == job.id
+    second = await relay.openai.fine_tuning.jobs.create(model=BASE, training_file=await relay.upload())
+    assert (await relay.http.delete(drain)).status_code == 200
+    assert (await gpu.next_grant()).job.job_id == second.id
