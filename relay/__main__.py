@@ -8,10 +8,12 @@ import getpass
 import logging
 import signal
 import socket
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -19,7 +21,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 import frames
-from relay import errors, settings, tables
+from relay import backup, errors, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
 from relay.audit import Audit
@@ -232,6 +234,26 @@ async def _show_audit(_: Accounts, store: Store, __: argparse.Namespace) -> None
     )
 
 
+def _backup(args: argparse.Namespace) -> int:
+    made = backup.make(args.settings, args.to)
+    held = f"; {' and '.join(made.secrets)} too: keep it as secret as those" if made.secrets else ""
+    print(f"{args.to} holds the database and {made.blobs} blobs, {made.bytes:,} bytes{held}")
+    if not made.left_out:
+        return 0
+    print(
+        f"these blobs are lost or damaged in the relay, and are not in it: {', '.join(made.left_out)}", file=sys.stderr
+    )
+    return 1
+
+
+def _restore(args: argparse.Namespace) -> int:
+    before = backup.restore(args.settings, args.source, args.replace)
+    print(f"{args.settings.data_dir} is as it was when {args.source} was made: start the relay")
+    if before:
+        print(f"what was there lies in {before}: remove it when it is no longer needed")
+    return 0
+
+
 def _when(at: float | None) -> str:
     return "-" if at is None else datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
@@ -281,7 +303,7 @@ def _positive(number: type[N]) -> Callable[[str], N]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m relay", description="The relay of I'm Fine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("serve", help="run the relay").set_defaults(command=None)
+    commands.add_parser("serve", help="run the relay").set_defaults(apart=lambda args: serve(args.settings))
     keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="WHAT")
     create = keys.add_parser("create", help="make a key, and the user if there is none")
     create.add_argument("--user", required=True)
@@ -314,6 +336,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("jobs", help=f"the last {JOBS_SHOWN} jobs").set_defaults(command=_show_jobs)
     shown = f"the last {ENTRIES_SHOWN} entries of the audit log"
     commands.add_parser("audit", help=shown).set_defaults(command=_show_audit)
+    save = commands.add_parser("backup", help="all that the relay holds, its secrets too, as one tar; it may run")
+    save.add_argument("to", type=Path, metavar="TO.tar")
+    save.set_defaults(apart=_backup)
+    load = commands.add_parser("restore", help="the data folder as it was in a backup; no relay may run in it")
+    load.add_argument("source", type=Path, metavar="FROM.tar")
+    load.add_argument("--replace", action="store_true", help="move what is in the data folder aside")
+    load.set_defaults(apart=_restore)
     return parser
 
 
@@ -321,11 +350,11 @@ def main() -> int:
     args = _parser().parse_args()
     try:
         args.settings = settings.from_env()
-        return (
-            serve(args.settings)
-            if args.command is None
-            else asyncio.run(_with_database(args.settings, args.command, args))
-        )
+        if "apart" in args:
+            return int(args.apart(args))
+        return asyncio.run(_with_database(args.settings, args.command, args))
+    except (errors.RelayError, SQLAlchemyError, sqlite3.Error) as exc:
+        return _complain(str(exc).splitlines()[0])
     except settings.BadSetting as exc:
         return _complain(str(exc))
     except OSError as exc:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Collection
 
-from sqlalchemy import select
+from sqlalchemy import Column, ColumnElement, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay.blobs import Blobs
@@ -27,7 +27,7 @@ async def remove_unnamed(
     db: AsyncConnection, blobs: Blobs, shas: Collection[str], older_than: float = math.inf
 ) -> list[str]:
     """Those of the blobs that no row names, within the writer's transaction; which. `older_than` is a unix time."""
-    unnamed = sorted(set(shas) - await _named(db, shas))
+    unnamed = sorted(set(shas) - await named(db, shas))
     return await asyncio.to_thread(lambda: [sha256 for sha256 in unnamed if blobs.remove(sha256, older_than)])
 
 
@@ -39,7 +39,7 @@ async def sweep(store: Store, blobs: Blobs, clock: Clock) -> int:
     for at in range(0, len(old), AT_ONCE):
         some = old[at : at + AT_ONCE]
         async with store.read() as db:  # nearly always there is none, and reading disturbs nobody
-            unnamed = set(some) - await _named(db, some)
+            unnamed = set(some) - await named(db, some)
         if unnamed:
             async with store.write() as db:
                 removed += len(await remove_unnamed(db, blobs, unnamed, older_than))
@@ -57,11 +57,15 @@ async def keep_sweeping(store: Store, blobs: Blobs, clock: Clock) -> None:
         await asyncio.sleep(EVERY_S)
 
 
-async def _named(db: AsyncConnection, shas: Collection[str]) -> set[str]:
-    """Those among them that a row names."""
-    found = set((await db.execute(select(files.c.sha256).where(files.c.sha256.in_(shas)))).scalars())
-    chunk = checkpoint_chunks.c.sha256
-    found |= set((await db.execute(select(chunk).where(chunk.in_(shas)))).scalars())
+async def named(db: AsyncConnection, shas: Collection[str] | None = None) -> set[str]:
+    """Those among them that a row names; without them, every one."""
+
+    def among(column: Column[str]) -> ColumnElement[bool]:
+        return true() if shas is None else column.in_(shas)
+
+    found: set[str] = set()
+    for column in (files.c.sha256, checkpoint_chunks.c.sha256):
+        found |= set((await db.execute(select(column).where(among(column)))).scalars())
     for job in await db.execute(select(jobs.c.training_blob, jobs.c.validation_blob).where(jobs.c.status.in_(OPEN))):
         found |= {blob["sha256"] for blob in job if blob}
     for adapter in (await db.execute(select(models.c.adapter))).scalars():

@@ -33,7 +33,7 @@ FLOORS: dict[str, list[list[str]]] = {
             "jobs",
         ],
         ["gpu_client", "calls", "roster", "breaker", "fairness"],
-        ["dialout", "transport", "sweep", "health"],
+        ["backup", "dialout", "transport", "sweep", "health"],
         ["blobs", "store"],
         ["migrate", "tables"],
         ["settings", "errors", "streams"],
