@@ -78,6 +78,7 @@ class Lease:
         self._idle.set()
         self._on_disk: list[wire.Checkpoint] = []  # oldest first
         self._complaint = ""
+        self._damaged: set[str] = set()  # chunks that the relay believes to have
 
     async def reserve(self, checkpoint_bytes: int, result_bytes: int, estimated_s: float) -> None:
         """Raises Refused where the user's quota or the relay's disk can't hold what the job will store."""
@@ -122,7 +123,11 @@ class Lease:
         with self._cache.keep(*(chunk.sha256 for chunk in chunks)):
             for chunk in chunks:
                 fetched = persist(self._link, partial(self._link.fetch, chunk, self._cache))
-                paths[chunk.sha256] = await fetched
+                try:
+                    paths[chunk.sha256] = await fetched
+                except BadBlob:
+                    self._damaged.add(chunk.sha256)
+                    raise
             at = lambda chunk: paths[chunk.sha256]  # noqa: E731
             return await asyncio.to_thread(checkpoints.load, checkpoint, at, self._hash, selection)
 
@@ -220,7 +225,9 @@ class Lease:
         path = await asyncio.to_thread(self._cache.path, chunk.sha256)
         if path is None:
             raise BadCheckpoint("a chunk has left this disk")
-        await self._link.put(f"{self._path}/chunks/{chunk.sha256}?fence={self._fence}", chunk.sha256, path)
+        target, anew = f"{self._path}/chunks/{chunk.sha256}?fence={self._fence}", chunk.sha256 in self._damaged
+        await self._link.put(target, chunk.sha256, path, anew=anew)
+        self._damaged.discard(chunk.sha256)
 
     def _forget_older(self, newest: wire.Checkpoint) -> None:
         """The last two stay on this disk: whoever gets the job here again need not fetch them."""

@@ -244,10 +244,12 @@ class Link:
         """Store a blob for a job, unless the relay has it. Raises LeaseLost, RelayUnavailable, Refused."""
         await self.put(f"/gpu/jobs/{job_id}/blobs/{ref.sha256}?fence={fence}", ref.sha256, path)
 
-    async def put(self, target: str, sha256: str, path: Path) -> None:
-        """A file, unless the relay has it. Raises LeaseLost, RelayUnavailable, Refused."""
-        if (await self._signed("HEAD", target)).status_code == 200:
-            return
+    async def put(self, target: str, sha256: str, path: Path, *, anew: bool = False) -> None:
+        """A file, unless the relay has it; `anew`: though it has. Raises LeaseLost, RelayUnavailable, Refused."""
+        if not anew:
+            there, size = await self._signed("HEAD", target), await asyncio.to_thread(os.path.getsize, path)
+            if there.status_code == 200 and there.headers.get("content-length") == str(size):  # not cut short
+                return
         response = await self._signed("PUT", target, (path, sha256))
         if _code(response) == "blob_damaged":  # on its way: the next time it arrives
             raise RelayUnavailable(f"The relay answers with status {response.status_code}: {_message(response)}.")

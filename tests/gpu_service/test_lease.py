@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +45,17 @@ class RecordingLink:
         self.said: list[wire.Message] = []
         self.answer: Callable[[wire.Message], None] = lambda message: None
 
-    async def put(self, target: str, sha256: str, path: Path) -> None:
+    async def put(self, target: str, sha256: str, path: Path, *, anew: bool = False) -> None:
         assert target == f"/gpu/jobs/job/chunks/{sha256}?fence=2"
-        if sha256 not in self.chunks:
+        if anew or sha256 not in self.chunks:
             self.chunks[sha256] = await asyncio.to_thread(path.read_bytes)
             self.uploads += 1
+
+    async def fetch(self, ref: wire.ChunkRef, cache: BlobCache) -> Path:
+        async def content() -> AsyncIterator[bytes]:
+            yield self.chunks[ref.sha256]
+
+        return await cache.store(ref.sha256, ref.bytes, content())
 
     async def post(self, target: str, message: wire.Message) -> None:
         self.said.append(message)
@@ -68,8 +74,8 @@ class Told:
         self.is_lost = True
 
 
-def a_lease(link: Any, folder: Path, told: Told) -> Lease:
-    lease = Lease(link, BlobCache(folder, 2**30), SPEC, 2, told, Often(every_s=1000))
+def a_lease(link: Any, folder: Path, told: Told, spec: wire.JobSpec = SPEC) -> Lease:
+    lease = Lease(link, BlobCache(folder, 2**30), spec, 2, told, Often(every_s=1000))
     lease._hash = "d" * 64
     return lease
 
@@ -110,6 +116,26 @@ async def test_a_chunk_that_the_relay_lost_is_uploaded_again_and_nothing_else(tm
     assert len(link.said) == 2
     assert link.uploads == len(link.chunks) + 1
     assert not told.warnings
+
+
+async def test_a_chunk_that_the_relay_holds_damaged_is_sent_again_once_it_is_made_again(tmp_path: Path) -> None:
+    link, told = RecordingLink(), Told()
+    async with a_lease(link, tmp_path / "first", told) as lease:
+        lease.take(stored(4))
+        await lease.settled()
+    (message,) = link.said
+    assert isinstance(message, wire.CheckpointStored)
+    sound = dict(link.chunks)
+    damaged = message.checkpoint.files[0].chunks[0].sha256
+    link.chunks[damaged] = bytes(len(sound[damaged]))
+    spec = SPEC.model_copy(update={"checkpoints": [message.checkpoint]})
+    nothing_selected: Any = None  # it is not read that far
+    async with a_lease(link, tmp_path / "second", told, spec) as lease:
+        assert await lease.newest(nothing_selected, "main") is None
+        assert told.warnings[0].startswith("The checkpoint of step 4 can't be used: ")
+        lease.take(stored(4))
+        await lease.settled()
+    assert link.chunks[damaged] == sound[damaged]
 
 
 async def test_a_relay_without_room_costs_one_checkpoint_and_is_told_once(tmp_path: Path) -> None:
