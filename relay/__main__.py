@@ -25,8 +25,10 @@ from relay import backup, errors, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
 from relay.audit import Audit
+from relay.blobs import Blobs
 from relay.enrol_tokens import EnrolTokens
 from relay.passwords import Passwords
+from relay.people import People
 from relay.settings import Settings
 from relay.store import Store
 
@@ -226,6 +228,31 @@ async def _show_jobs(_: Accounts, store: Store, __: argparse.Namespace) -> None:
     )
 
 
+def _people(accounts: Accounts, store: Store, args: argparse.Namespace) -> People:
+    blobs = Blobs(args.settings.data_dir / "blobs", args.settings.min_free_bytes)
+    return People(store, blobs, accounts, time.time)
+
+
+async def _list_users(accounts: Accounts, store: Store, args: argparse.Namespace) -> None:
+    rows = await _people(accounts, store, args).known()
+    _table(
+        ("id", "name", "made", "disabled", "being deleted"),
+        [(r.id, r.name, _when(r.created_at), _when(r.disabled_at), _when(r.deleting_at)) for r in rows],
+    )
+
+
+async def _disable_user(accounts: Accounts, store: Store, args: argparse.Namespace) -> None:
+    await _people(accounts, store, args).disable(args.name, on=args.disabled)
+    print(f"{args.name} is {'disabled: no key, password or session is let in' if args.disabled else 'enabled'}")
+
+
+async def _delete_user(accounts: Accounts, store: Store, args: argparse.Namespace) -> None:
+    people = _people(accounts, store, args)
+    await people.delete(args.name)
+    await people.finish()
+    print(f"{args.name} is deleted, with files, models, jobs and keys")
+
+
 async def _show_audit(_: Accounts, store: Store, __: argparse.Namespace) -> None:
     rows, _more = await Audit(store, time.time).page(None, ENTRIES_SHOWN)
     _table(
@@ -329,6 +356,14 @@ def _parser() -> argparse.ArgumentParser:
     take_back.add_argument("id")
     take_back.set_defaults(command=_revoke_token)
     people = commands.add_parser("users", help="people").add_subparsers(required=True, metavar="WHAT")
+    people.add_parser("list", help="everybody").set_defaults(command=_list_users)
+    for what, disabled in (("disable", True), ("enable", False)):
+        change = people.add_parser(what, help=f"{'no' if disabled else 'again a'} key, password or session is let in")
+        change.add_argument("name")
+        change.set_defaults(command=_disable_user, disabled=disabled)
+    remove = people.add_parser("delete", help="a user and all that is theirs, for good")
+    remove.add_argument("name")
+    remove.set_defaults(command=_delete_user)
     password = people.add_parser("password", help="set a password, read from the terminal or one line of input")
     password.add_argument("name", help="the user, made if there is none")
     password.set_defaults(command=_set_password)

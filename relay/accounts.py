@@ -140,6 +140,7 @@ class Accounts:
             .join(keys, keys.c.owner == users.c.id)
             .outerjoin(key_rules, key_rules.c.key_id == keys.c.id)
             .where(keys.c.sha256 == sha256, keys.c.revoked_at.is_(None))
+            .where(users.c.disabled_at.is_(None), users.c.deleting_at.is_(None))
         )
         changes = self._changes
         async with self._store.read() as db:

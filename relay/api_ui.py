@@ -17,6 +17,7 @@ from relay import errors, shapes
 from relay.accounts import ADMIN_KEY_ID, SCOPES, Accounts, Key, Rules, Scope, User
 from relay.audit import Audit, By
 from relay.bodies import parse, parse_object, read_body, string_field
+from relay.dispatcher import Dispatcher
 from relay.enrol_tokens import EnrolTokens
 from relay.generations import Generation, Generations
 from relay.gpus import Gpus
@@ -25,6 +26,7 @@ from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
 from relay.passwords import MAX_CHARS, Passwords, network
+from relay.people import People
 from relay.proxy import Ask
 from relay.sessions import SESSION_S, Sessions, check_same_site, cookie_name
 from relay.settings import Settings
@@ -67,6 +69,11 @@ class NewKey(_Asked):
     requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
+class Confirm(_Asked):
+    password: str | None = Field(default=None, max_length=MAX_CHARS)
+    key: str | None = Field(default=None, max_length=500)
+
+
 class NewEnrolToken(_Asked):
     name: str | None = Field(default=None, max_length=100)
     reusable: bool = False
@@ -88,6 +95,8 @@ class UiApi:
     passwords: Passwords
     enrol_tokens: EnrolTokens
     audit: Audit
+    people: People
+    dispatcher: Dispatcher
     gpus: Gpus
     jobs: Jobs
     models: Models
@@ -126,13 +135,32 @@ class UiApi:
         if self.limits.kept.take(f"refused {network(address)}", REFUSALS_NOTED)[0]:
             await self.audit.refused(name, address, "by key" if name is None else "by password")
 
+    async def check_again(self, request: Request, user: User, given: Confirm) -> None:
+        """Raises Forbidden, RateLimited, TooMany."""
+        try:
+            if given.key is not None:
+                again = await self.accounts.user_of(f"Bearer {given.key}")
+            else:
+                key_sha256 = await self.passwords.check(user.name, given.password or "", self.address(request))
+                again = await self.accounts.user_of_hash(key_sha256)
+        except errors.InvalidKey:
+            again = None
+        if again is None or again.id != user.id or again.rules.limited:
+            await self.refused(request, user.name)
+            raise errors.Forbidden("give your password in 'password', or a key of yours without limits in 'key'")
+
+    async def delete(self, name: str, by: By) -> None:
+        """Raises NotFound, InvalidRequest."""
+        for gpu_id in await self.people.delete(name, by):
+            self.dispatcher.ring(gpu_id)
+
     def stream(self, generation: Generation, after: int) -> EventStream:
         return EventStream(self.generations.frames(generation, after), self.stopping)
 
 
 def router(api: UiApi) -> APIRouter:
     routes = APIRouter()
-    for add in (_session, _keys, _enrol_tokens, _audit, _gpus, _jobs, _generations):
+    for add in (_session, _keys, _enrol_tokens, _users, _audit, _gpus, _jobs, _generations):
         part = APIRouter(prefix="/api", tags=["page"])
         add(part, api)
         routes.include_router(part)
@@ -176,6 +204,17 @@ def _session(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/me")
     async def me(request: Request) -> JSONResponse:
         return JSONResponse(_me(await api.user(request)))
+
+    @routes.delete("/me")
+    async def delete_me(request: Request) -> JSONResponse:
+        """The account and all that is its own. A session says again who it is, by `password` or `key`."""
+        user = await api.user(request, "admin")
+        if user.rules.limited:
+            raise errors.Forbidden("a key with limits deletes no account: sign in with one that has none")
+        if "authorization" not in request.headers:
+            await api.check_again(request, user, parse(Confirm, await api.object(request)))
+        await api.delete(user.name, api.by(request, user))
+        return JSONResponse({"id": user.id, "deleted": True})
 
     @routes.put("/me/password")
     async def set_password(request: Request) -> JSONResponse:
@@ -277,6 +316,25 @@ def _enrol_tokens(routes: APIRouter, api: UiApi) -> None:
         user = await api.admin(request, "revokes enrol tokens")
         await api.enrol_tokens.revoke(token_id, api.by(request, user))
         return JSONResponse({"id": token_id, "deleted": True})
+
+
+def _users(routes: APIRouter, api: UiApi) -> None:
+    @routes.get("/users")
+    async def list_users(request: Request) -> JSONResponse:
+        await api.admin(request, "sees users")
+        shown = ("id", "name", "created_at", "disabled_at", "deleting_at")
+        data = [{field: getattr(row, field) for field in shown} for row in await api.people.known()]
+        return JSONResponse({"object": "list", "data": data, "has_more": False})
+
+    @routes.delete("/users/{user_id}")
+    async def delete_user(user_id: str, request: Request) -> JSONResponse:
+        """Ends what they have going at once; the rest goes within moments, after a restart too."""
+        user = await api.admin(request, "deletes users")
+        names = {row.id: row.name for row in await api.people.known()}
+        if user_id not in names:
+            raise errors.NotFound(f"no user '{user_id[:50]}': GET /api/users lists them")
+        await api.delete(names[user_id], api.by(request, user))
+        return JSONResponse({"id": user_id, "deleted": True})
 
 
 def _audit(routes: APIRouter, api: UiApi) -> None:

@@ -39,6 +39,7 @@ from relay.limits import Limits
 from relay.models import Models
 from relay.page import Page
 from relay.passwords import Passwords
+from relay.people import People
 from relay.proxy import Proxy
 from relay.sessions import Sessions
 from relay.settings import Settings, secret
@@ -81,6 +82,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     accounts = Accounts(store, clock)
     enrol_tokens = EnrolTokens(store, clock)
     audit = Audit(store, clock)
+    people = People(store, blobs, accounts, clock)
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
@@ -117,6 +119,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             sweeping = asyncio.create_task(keep_sweeping(store, blobs, clock))
             closing.push_async_callback(lambda: asyncio.wait({sweeping}))
             closing.callback(sweeping.cancel)
+            finishing = asyncio.create_task(people.keep_finishing())
+            closing.push_async_callback(lambda: asyncio.wait({finishing}))
+            closing.callback(finishing.cancel)
             forgetting = asyncio.create_task(audit.keep_sweeping())
             closing.push_async_callback(lambda: asyncio.wait({forgetting}))
             closing.callback(forgetting.cancel)
@@ -149,6 +154,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
                 passwords,
                 enrol_tokens,
                 audit,
+                people,
+                dispatcher,
                 gpus,
                 jobs,
                 models,

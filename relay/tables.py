@@ -33,6 +33,8 @@ users = Table(
     Column("created_at", Float, nullable=False),
     Column("credit_s", Float, nullable=False, default=0.0, server_default="0"),  # of gpu time (fairness.py)
     Column("served_at", Float, nullable=False, default=0.0, server_default="0"),  # a job of theirs was claimed last
+    Column("disabled_at", Float),
+    Column("deleting_at", Float),  # marked: all that is theirs goes, then this row
 )
 
 keys = Table(

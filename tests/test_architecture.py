@@ -21,6 +21,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["generations", "waiting", "proxy", "dispatcher"],
         ["shapes", "models", "files", "bodies", "page"],
         [
+            "people",
             "sessions",
             "passwords",
             "limits",

@@ -187,6 +187,23 @@ async def test_enrol_tokens_are_made_listed_and_revoked_on_the_command_line(proc
     assert (status, len(said.splitlines())) == (2, 1)
 
 
+async def test_a_user_is_disabled_enabled_and_deleted_on_the_command_line(process: RelayProcess) -> None:
+    relay = ("-m", "relay")
+    _, out, _ = await run(process.folder, *relay, "keys", "create", "--user", "bora")
+    key = out.split()[-1]
+    for what, status in (("disable", 401), ("enable", 200), ("delete", 401)):
+        assert (await run(process.folder, *relay, "users", what, "bora"))[0] == 0
+
+        async def so(status: int = status) -> bool:  # the relay remembers a key for a second
+            return (await httpx_get(f"{process.url}/v1/files", key)).status_code == status
+
+        await until(so)
+    assert "bora" not in (await run(process.folder, *relay, "users", "list"))[1]
+    _, out, _ = await run(process.folder, *relay, "audit")
+    assert {"user.disable", "user.enable", "user.delete", "user.deleted"} <= set(out.split())
+    assert (await run(process.folder, *relay, "users", "delete", "admin"))[0] == 2
+
+
 async def httpx_get(url: str, key: str) -> httpx2.Response:
     async with httpx2.AsyncClient(trust_env=False, verify=False) as http:
         return await http.get(url, headers={"authorization": f"Bearer {key}"})
