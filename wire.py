@@ -55,6 +55,7 @@ class LayerSpec(Message):
     component: str | None = None  # unet | text_encoder, where a model has more than one
     rank: int = Field(default=16, ge=1, le=1024)  # lora, dora
     alpha: float | None = Field(default=None, gt=0, le=65536)  # lora, dora; None: twice the rank
+    rslora: bool = False  # lora, dora: scaled by alpha / sqrt(rank) in place of alpha / rank
 
     @field_validator("layers")
     @classmethod

@@ -5,14 +5,16 @@ Whatever is written here is whole or absent. Nothing is unpickled. Knows no netw
 
 import asyncio
 import hashlib
+import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Self
 
 import safetensors
 import safetensors.torch
@@ -22,9 +24,11 @@ from torch import Tensor
 
 import wire
 from gpu_service.errors import BadAdapter, BadBlob
-from gpu_service.layers import TensorInfo
+from gpu_service.layers import LoraTarget, TensorInfo, lora_scale
+from gpu_service.lora import Lora
 
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+FORMAT: Literal[2] = 2  # of the description
 CHUNK_BYTES = 2**20
 PART = ".part"  # suffix of a file that is being written
 
@@ -72,24 +76,33 @@ def file_ref(path: Path) -> wire.FileRef:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Adds `scale * B @ A` to a weight W (out, in). https://arxiv.org/abs/2106.09685"""
-
-    a: Tensor  # (r, in)
-    b: Tensor  # (out, r)
-    scale: float
-
-
 class LoraMeta(wire.Message):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0, allow_inf_nan=False)
+    rslora: bool = False
+    dora: bool = False
+
+    @classmethod
+    def of(cls, target: LoraTarget) -> Self:
+        return cls(rank=target.rank, alpha=target.alpha, rslora=target.rslora, dora=target.dora)
+
+    @property
+    def scale(self) -> float:
+        return lora_scale(self.rank, self.alpha, rslora=self.rslora)
+
+    def shapes(self, out_size: int, in_size: int) -> dict[str, tuple[int, ...]]:
+        """Of `Lora.tensors`."""
+        pair: dict[str, tuple[int, ...]] = {
+            "lora_A.weight": (self.rank, in_size),
+            "lora_B.weight": (out_size, self.rank),
+        }
+        return pair | {"lora_magnitude_vector": (out_size,)} if self.dora else pair
 
 
 class AdapterMeta(wire.Message):
     """What an adapter is, and how it came to be. Tensors go by their names in the base model."""
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2  # 1 knew neither DoRA nor rsLoRA
     family: wire.Family
     base_model: str
     base_revision: str
@@ -118,19 +131,19 @@ class Adapter:
     full: dict[str, Tensor]
     lora: dict[str, Lora]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
-        """As it is served: beside the base model, in its precision."""
-        lora = {n: Lora(x.a.to(device, dtype), x.b.to(device, dtype), x.scale) for n, x in self.lora.items()}
+    def served(self, device: torch.device, dtype: torch.dtype, weight: Callable[[str], Tensor]) -> "Adapter":
+        """As it is served: beside the base model, whose tensors `weight` gives whole, and in its precision."""
+        lora = {n: x.served(device, dtype, partial(weight, n)) for n, x in self.lora.items()}
         return Adapter(self.meta, {n: x.to(device, dtype) for n, x in self.full.items()}, lora)
 
     @property
     def n_bytes(self) -> int:
-        return sum(t.nbytes for t in [*self.full.values(), *(t for x in self.lora.values() for t in (x.a, x.b))])
+        lora = (t for x in self.lora.values() for t in (x.a, x.b, x.magnitude, x.stretch) if t is not None)
+        return sum(t.nbytes for t in [*self.full.values(), *lora])
 
 
-def _lora_keys(name: str) -> tuple[str, str]:
-    stem = name.removesuffix(".weight")
-    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+def _lora_key(name: str, ending: str) -> str:
+    return f"{name.removesuffix('.weight')}.{ending}"
 
 
 def save(folder: Path, adapter: Adapter) -> wire.AdapterManifest:
@@ -139,7 +152,7 @@ def save(folder: Path, adapter: Adapter) -> wire.AdapterManifest:
     assert adapter.lora.keys() == adapter.meta.lora.keys(), "the description must give every rank"
     tensors = dict(adapter.full)
     for name, lora in adapter.lora.items():
-        tensors.update(zip(_lora_keys(name), (lora.a, lora.b), strict=True))
+        tensors.update((_lora_key(name, ending), tensor) for ending, tensor in lora.tensors.items())
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save({name: _own(tensor) for name, tensor in tensors.items()}))
@@ -167,7 +180,9 @@ def load(files: Mapping[str, Path], tensors: Sequence[TensorInfo]) -> Adapter:
     if missing := {WEIGHTS, DESCRIPTION} - files.keys():
         raise BadAdapter(f"The adapter lacks {', '.join(sorted(missing))}.", param="model")
     try:
-        described = _Description.model_validate_json(files[DESCRIPTION].read_bytes())
+        content = files[DESCRIPTION].read_bytes()
+        _check_format(content)
+        described = _Description.model_validate_json(content)
     except ValidationError as exc:
         message, _ = wire.validation_message([dict(error) for error in exc.errors()])
         raise BadAdapter(f"{DESCRIPTION} can't be used: {message}", param="model") from exc
@@ -189,9 +204,21 @@ def load(files: Mapping[str, Path], tensors: Sequence[TensorInfo]) -> Adapter:
             raise BadAdapter(f"{key} has values that are no finite numbers.", param="model")
     lora = {}
     for name, how in meta.lora.items():
-        a, b = _lora_keys(name)
-        lora[name] = Lora(stored[a], stored[b], how.alpha / how.rank)
+        magnitude = stored[_lora_key(name, "lora_magnitude_vector")] if how.dora else None
+        a, b = (stored[_lora_key(name, ending)] for ending in ("lora_A.weight", "lora_B.weight"))
+        lora[name] = Lora(a, b, how.scale, magnitude)
     return Adapter(meta, {name: stored[name] for name in meta.tensors if name not in lora}, lora)
+
+
+def _check_format(content: bytes) -> None:
+    """Raises BadAdapter for one that a later version wrote: it may have fields that change what it means."""
+    with suppress(ValueError, LookupError, TypeError):
+        found = json.loads(content)["meta"]["format"]
+        if isinstance(found, int) and found > FORMAT:
+            raise BadAdapter(
+                f"The adapter is of format {found}, and this gpu reads up to {FORMAT}: update the gpu's code.",
+                param="model",
+            )
 
 
 def _expected_shapes(meta: AdapterMeta, model: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
@@ -205,8 +232,7 @@ def _expected_shapes(meta: AdapterMeta, model: Mapping[str, TensorInfo]) -> dict
     shapes = {name: shape for name, shape in meta.tensors.items() if name not in meta.lora}
     for name, how in meta.lora.items():
         out_size, in_size = meta.tensors[name]
-        a, b = _lora_keys(name)
-        shapes |= {a: (how.rank, in_size), b: (out_size, how.rank)}
+        shapes |= {_lora_key(name, ending): shape for ending, shape in how.shapes(out_size, in_size).items()}
     return shapes
 
 

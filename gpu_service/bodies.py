@@ -254,7 +254,7 @@ def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: floa
             "shape": list(tensor.shape),
             "part": tensor.part,
             "layer": tensor.layer,
-            "method": "lora" if tensor.name in lora else "full",
+            "method": ("dora" if lora[tensor.name].dora else "lora") if tensor.name in lora else "full",
             "parameters": lora[tensor.name].n_params if tensor.name in lora else tensor.n_params,
         }
         for tensor in [*selection.full, *(t.tensor for t in selection.lora)]

@@ -273,7 +273,7 @@ class Jobs:
             base_model=source.id,
             base_revision=source.revision,
             layers=spec.layers,
-            lora={t.tensor.name: LoraMeta(rank=t.rank, alpha=t.alpha) for t in selection.lora},
+            lora={t.tensor.name: LoraMeta.of(t) for t in selection.lora},
             tensors={t.name: t.shape for t in [*selection.full, *(t.tensor for t in selection.lora)]},
             hyperparameters=chosen,
             created_at=self._link.now(),

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
@@ -78,15 +78,22 @@ class LoraTarget:
     tensor: TensorInfo
     rank: int
     alpha: float
+    rslora: bool = False
+    dora: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return lora_scale(self.rank, self.alpha, rslora=self.rslora)
 
     @property
     def n_params(self) -> int:
-        """A is (rank, in), B is (out, rank)."""
-        return self.rank * sum(self.tensor.shape)
+        """A is (rank, in), B is (out, rank); DoRA has a length for each of `out` rows besides."""
+        return self.rank * sum(self.tensor.shape) + self.dora * self.tensor.shape[0]
+
+
+def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
+    """rsLoRA (arXiv:2312.03732) divides by the root, so that a high rank still learns as far as a low one."""
+    return alpha / (sqrt(rank) if rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -172,9 +179,10 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
         for tensor in _chosen(tensors, spec, tied, deadline, notes):
             if tensor.name in full or tensor.name in lora:
                 raise BadRequest(f"'{tensor.name}' is selected by two specs: let each select its own.", param=PARAM)
-            if spec.method == "lora":
+            if spec.method != "full":
                 # No alpha: twice the rank, so that the rank does not change how far a step goes.
-                lora[tensor.name] = LoraTarget(tensor, spec.rank, spec.alpha or 2.0 * spec.rank)
+                alpha = spec.alpha or 2.0 * spec.rank
+                lora[tensor.name] = LoraTarget(tensor, spec.rank, alpha, spec.rslora, spec.method == "dora")
             else:
                 _refuse_packed(tensor, quantize)
                 full[tensor.name] = tensor
@@ -206,8 +214,8 @@ def _refuse_packed(tensor: TensorInfo, quantize: Quantize) -> None:
 
 
 def _refuse_unbuilt(spec: LayerSpec) -> None:
-    if spec.method == "dora":
-        raise NotYet("method 'dora' is not built yet: use 'lora' or 'full'.", param=PARAM)
+    if spec.method == "full" and spec.rslora:
+        raise BadRequest("rslora scales lora and dora: leave it out with method full.", param=PARAM)
     if spec.component is not None:
         raise NotYet(
             f"component '{spec.component}' belongs to Stable Diffusion, which is not trained yet: a text model has one "
@@ -234,10 +242,12 @@ def _chosen(
     chosen = [t for t in tensors if wanted(t)]
     if spec.match is not None:
         chosen = _matching(chosen, spec.match, deadline)
-    if spec.method == "lora" and chosen:
+    if spec.method != "full" and chosen:
         chosen = [t for t in chosen if t.linear]
         if not chosen:
-            raise BadRequest(f"{_echo(spec)} selects no matrices, and lora adapts only these: use full.", param=PARAM)
+            raise BadRequest(
+                f"{_echo(spec)} selects no matrices, and {spec.method} adapts only these: use full.", param=PARAM
+            )
         if large := [t for t in chosen if spec.rank > min(t.shape)]:
             notes.append(f"rank {spec.rank} is more than {large[0].name} {list(large[0].shape)} can have.")
     if not chosen:
@@ -259,10 +269,10 @@ def _check_part(tensors: Sequence[TensorInfo], part: str, method: str, tied: boo
     if not members:
         why = ", which belongs to Stable Diffusion" if part in OF_DIFFUSION else ""
         raise NoSuchLayer(f"This model has no part '{part}'{why}: {_what_exists(tensors)}", param=PARAM)
-    if method == "lora" and not any(t.linear for t in members):
+    if method != "full" and not any(t.linear for t in members):
         raise BadRequest(
-            f"lora adapts the matrices of attention, MLP and head, and '{part}' has none: use method full for it, "
-            "in a spec of its own if other parts shall have lora.",
+            f"{method} adapts the matrices of attention, MLP and head, and '{part}' has none: use method full for it, "
+            f"in a spec of its own if other parts shall have {method}.",
             param=PARAM,
         )
 

@@ -111,6 +111,10 @@ class Base:
     def device(self) -> torch.device:
         return next(iter(self.weights.values())).device
 
+    def whole(self, name: str) -> Tensor:
+        """A tensor in the model's precision, unpacked if it is held packed."""
+        return self.weights[name] if name in self.weights else self.quantized[name].whole()
+
     @property
     def n_bytes(self) -> int:
         return sum(w.nbytes for w in self.weights.values()) + sum(q.n_bytes for q in self.quantized.values())

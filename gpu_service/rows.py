@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_service.artifacts import Lora
+from gpu_service.lora import Lora
 from gpu_service.quantize import Quantized
 
 
@@ -69,6 +69,7 @@ class Rows:
             }
         self._lora: Mapping[str, Lora] = {}  # one adapter for every row
         self._shared: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # several: A's, B's, mask (B, 1, sum of ranks)
+        self._stretch: dict[str, Tensor] = {}  # and where one of them is DoRA: (B, 1, out), 0 for the others' rows
         distinct = list({id(adapter): adapter for adapter in lora if adapter}.values())
         if distinct and all(adapter is distinct[0] for adapter in lora):
             self._lora = distinct[0]
@@ -93,6 +94,10 @@ class Rows:
             a = torch.cat([pair.a for _, pair in parts])
             b = torch.cat([pair.b for _, pair in parts], dim=1)
             self._shared[name] = (a, b, masks[layout].to(a.dtype))
+            assert all(pair.magnitude is None for _, pair in parts), "DoRA is served with its lengths taken"
+            if stretches := {id(adapter): pair.stretch for adapter, pair in parts if pair.stretch is not None}:
+                none = torch.zeros_like(next(iter(stretches.values())))
+                self._stretch[name] = torch.stack([stretches.get(id(mine), none) for mine in by_row])[:, None]
 
     def weight(self, name: str) -> Tensor:
         full = self._full.get(name)
@@ -106,17 +111,28 @@ class Rows:
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._weights else None
         packed = self._quantized.get(f"{name}.weight")
         if packed is not None and f"{name}.weight" not in self._full:
-            return self._adapted(packed.linear(x, bias), x, name)
-        return self._adapted(F.linear(x, self.weight(f"{name}.weight"), bias), x, name)
+            return self._adapted(packed.linear(x, bias), x, name, bias)
+        return self._adapted(F.linear(x, self.weight(f"{name}.weight"), bias), x, name, bias)
 
-    def _adapted(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+    def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
+        """y (B, T, out), which has the bias in it already."""
         if lora := self._lora.get(f"{name}.weight"):
-            return y + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype)) * lora.scale
+            change = F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype)) * lora.scale
+            if lora.magnitude is not None:
+                factor = lora.magnitude / lora.lengths(self._whole(f"{name}.weight"))
+                return _stretched(y, (factor - 1).to(y.dtype), bias) + change * factor.to(y.dtype)
+            return (y if lora.stretch is None else _stretched(y, lora.stretch, bias)) + change
         if shared := self._shared.get(f"{name}.weight"):
+            if (stretch := self._stretch.get(f"{name}.weight")) is not None:
+                y = _stretched(y, stretch, bias)
             a, b, mask = shared
             u = F.linear(x, a) * mask  # (B, T, sum of ranks)
             return torch.addmm(y.flatten(0, 1), u.flatten(0, 1), b.T).view_as(y)  # added within the product
         return y
+
+    def _whole(self, name: str) -> Tensor:
+        """A frozen matrix, unpacked."""
+        return self._quantized[name].whole() if name in self._quantized else self._weights[name]
 
     def rms_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
         """RMSNorm over the last dimension, in fp32 as the models were trained. `layer` -1 is the final norm."""
@@ -144,3 +160,8 @@ class Rows:
     def gain(self, block: Tensor, dial: str, layer: int) -> Tensor:
         """What a block (`attn` or `mlp`) adds to the residual stream, (B, T, D), times the rows' dials."""
         return block * self._gains[dial][layer].to(block.dtype) if self._gains else block
+
+
+def _stretched(y: Tensor, stretch: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in y (B, T, out), without the bias, grows by `stretch` of itself. At 0 every bit stays."""
+    return torch.addcmul(y, stretch, y if bias is None else y - bias)

@@ -8,7 +8,7 @@ on serving beside it, unchanged.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import wire
-from gpu_service.artifacts import Lora
 from gpu_service.cache import Whole
 from gpu_service.data import Batch, TokenStore, epoch_order
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest
 from gpu_service.layers import Selection
+from gpu_service.lora import Lora
 from gpu_service.models import Base, Source
 from gpu_service.rows import Rows
 
@@ -268,7 +268,7 @@ def run(
         raise _diverged(float("nan"), step, plan)
     yield Trained(
         {name: tensor.detach().cpu() for name, tensor in full.items()},
-        {name: Lora(pair.a.detach().cpu(), pair.b.detach().cpu(), pair.scale) for name, pair in lora.items()},
+        {name: pair.on_cpu() for name, pair in lora.items()},
         tokens,
     )
 
@@ -276,12 +276,13 @@ def run(
 WEIGHT, FIRST, SECOND, COUNT = "weight", "first_moment", "second_moment", "steps"
 _ADAM = {FIRST: "exp_avg", SECOND: "exp_avg_sq", COUNT: "step"}
 CPU_RANDOM, CUDA_RANDOM = "random.cpu", "random.cuda"
+_SIDES = {"a": "a", "b": "b", "m": "magnitude"}  # of a Lora
 
 
 def _named(full: dict[str, Tensor], lora: dict[str, Lora]) -> dict[str, Tensor]:
     """What is trained, each tensor under a name of its own, in the order that the optimizer has them."""
-    pairs = {f"{name}:{side}": tensor for name, x in lora.items() for side, tensor in (("a", x.a), ("b", x.b))}
-    return {**full, **pairs}
+    sides = ((name, side, getattr(x, field)) for name, x in lora.items() for side, field in _SIDES.items())
+    return {**full, **{f"{name}:{side}": tensor for name, side, tensor in sides if tensor is not None}}
 
 
 def state_shapes(selection: Selection) -> dict[str, tuple[int, ...]]:
@@ -291,6 +292,8 @@ def state_shapes(selection: Selection) -> dict[str, tuple[int, ...]]:
         out_features, in_features = target.tensor.shape
         shapes[f"{target.tensor.name}:a"] = (target.rank, in_features)
         shapes[f"{target.tensor.name}:b"] = (out_features, target.rank)
+        if target.dora:
+            shapes[f"{target.tensor.name}:m"] = (out_features,)
     kinds = (WEIGHT, FIRST, SECOND)
     return {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in kinds} | {
         f"{COUNT}.{name}": () for name in shapes
@@ -343,7 +346,10 @@ def _diverged(loss: float, step: int, plan: Plan) -> Diverged:
 
 
 def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Tensor], dict[str, Lora]]:
-    """fp32 copies that require gradients. LoRA starts as no change: A random, B zero (arXiv:2106.09685)."""
+    """fp32 copies that require gradients. LoRA starts as no change: A random, B zero (arXiv:2106.09685).
+
+    So does DoRA, whose magnitudes are the lengths that the weight's rows have.
+    """
     full = {t.name: base.weights[t.name].float().clone().requires_grad_() for t in selection.full}
     lora = {}
     random = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
@@ -352,7 +358,11 @@ def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Te
         device = base.device
         a = torch.empty(target.rank, in_features).uniform_(-1, 1, generator=random) / math.sqrt(in_features)
         b = torch.zeros(out_features, target.rank)
-        lora[target.tensor.name] = Lora(a.to(device).requires_grad_(), b.to(device).requires_grad_(), target.scale)
+        pair = Lora(a.to(device).requires_grad_(), b.to(device).requires_grad_(), target.scale)
+        if target.dora:
+            lengths = pair.lengths(base.whole(target.tensor.name))
+            pair = replace(pair, magnitude=lengths.requires_grad_())
+        lora[target.tensor.name] = pair
     return full, lora
 
 

@@ -349,7 +349,7 @@ class Worker:
         if adapter.meta.base_revision != base.source.revision:
             # The same weights have one revision as a folder and another from the hub: no reason to refuse.
             log.warning("%s has another revision here than the one that this adapter was trained on", base.source.id)
-        adapter = adapter.to(self._device.torch, self._device.precision.dtype)
+        adapter = adapter.served(self._device.torch, self._device.precision.dtype, base.whole)
         self._adapters[wanted.id] = adapter
         while len(self._adapters) > 1 and sum(a.n_bytes for a in self._adapters.values()) > self._adapter_budget_bytes:
             self._adapters.popitem(last=False)

@@ -51,7 +51,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["llama", "gpt2"],
         ["rows", "cache"],
         ["models", "artifacts", "sampling", "detokenizer"],
-        ["quantize", "hub"],
+        ["quantize", "lora", "hub"],
         ["device", "costs", "layers", "scheduler"],
         ["settings", "errors"],
     ],

@@ -1,7 +1,9 @@
 """Adapters come back as they were saved or not at all; the cache holds what its names promise."""
 
 import hashlib
+import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from gpu_service.artifacts import (
     Adapter,
     AdapterMeta,
     BlobCache,
-    Lora,
     LoraMeta,
     atomic_file,
     load,
@@ -26,6 +27,7 @@ from gpu_service.artifacts import (
 )
 from gpu_service.errors import BadAdapter, BadBlob
 from gpu_service.layers import TensorInfo, llama_tensors
+from gpu_service.lora import Lora
 
 H, INNER = 6, 10  # hidden size, MLP's inner size
 MODEL = llama_tensors(
@@ -44,10 +46,15 @@ DOWN, NORM = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
 
 def adapter(full: dict[str, torch.Tensor], lora: dict[str, tuple[int, float]], /, **changed: Any) -> Adapter:
     """`lora`: rank and alpha by tensor."""
+    how: dict[str, LoraMeta] = changed.get("lora", {})
     pairs = {}
     for name, (rank, alpha) in lora.items():
         out_size, in_size = BY_NAME[name].shape
         pairs[name] = Lora(torch.randn(rank, in_size), torch.randn(out_size, rank), alpha / rank)
+        if how.get(name, LoraMeta(rank=1, alpha=1)).dora:
+            pairs[name] = replace(pairs[name], magnitude=torch.rand(out_size))
+        if how.get(name, LoraMeta(rank=1, alpha=1)).rslora:
+            pairs[name] = replace(pairs[name], scale=alpha / rank**0.5)
     fields: dict[str, Any] = {
         "family": "llama",
         "base_model": "tiny",
@@ -82,8 +89,8 @@ def same(a: Adapter, b: Adapter) -> bool:
         and a.lora.keys() == b.lora.keys()
         and all(torch.equal(a.full[n], b.full[n]) and a.full[n].dtype == b.full[n].dtype for n in a.full)
         and all(
-            torch.equal(a.lora[n].a, b.lora[n].a)
-            and torch.equal(a.lora[n].b, b.lora[n].b)
+            a.lora[n].tensors.keys() == b.lora[n].tensors.keys()
+            and all(torch.equal(x, b.lora[n].tensors[key]) for key, x in a.lora[n].tensors.items())
             and a.lora[n].scale == b.lora[n].scale
             for n in a.lora
         )
@@ -100,9 +107,12 @@ def test_any_adapter_comes_back_as_it_was_saved(tmp_path: Path, data: st.DataObj
         st.fixed_dictionaries({t.name: st.sampled_from(["no", "full", *(["lora"] if t.linear else [])]) for t in MODEL})
     )
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    any_lora = st.builds(LoraMeta, rank=st.integers(1, 4), alpha=st.floats(0.1, 64), dora=..., rslora=...)
+    lora = {name: data.draw(any_lora) for name, kind in how.items() if kind == "lora"}
     made = adapter(
         {n: torch.randn(BY_NAME[n].shape).to(dtype) for n, kind in how.items() if kind == "full"},
-        {n: (data.draw(st.integers(1, 4)), data.draw(st.floats(0.1, 64))) for n, kind in how.items() if kind == "lora"},
+        {n: (x.rank, x.alpha) for n, x in lora.items()},
+        lora=lora,
     )
     manifest = save(tmp_path, made)
     assert same(load(files(tmp_path), MODEL), made)
@@ -185,6 +195,27 @@ def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str, said: 
     (tmp_path / DESCRIPTION).write_text(text, encoding="latin-1")
     with pytest.raises(BadAdapter, match=said):
         load(files(tmp_path), MODEL)
+
+
+def test_an_adapter_of_a_later_format_is_refused_as_such(tmp_path: Path) -> None:
+    """Whatever else it holds: a field of tomorrow may change what the others mean."""
+    save(tmp_path, small())
+    told = json.loads((tmp_path / DESCRIPTION).read_bytes())
+    told["meta"] |= {"format": 3, "field_of_tomorrow": 1}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(told))
+    with pytest.raises(BadAdapter, match="of format 3, and this gpu reads up to 2: update"):
+        load(files(tmp_path), MODEL)
+
+
+def test_an_adapter_of_the_first_format_still_loads(tmp_path: Path) -> None:
+    made = small()
+    save(tmp_path, made)
+    told = json.loads((tmp_path / DESCRIPTION).read_bytes())
+    told["meta"]["format"] = 1
+    for how in told["meta"]["lora"].values():
+        del how["dora"], how["rslora"]
+    (tmp_path / DESCRIPTION).write_text(json.dumps(told))
+    assert load(files(tmp_path), MODEL).lora[DOWN].scale == 2.0
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

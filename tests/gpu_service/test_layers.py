@@ -225,7 +225,7 @@ def test_a_rank_beyond_the_matrix_is_noted() -> None:
     assert any("rank 64" in n for n in select(LLAMA, [LayerSpec(rank=64)], tied=False).notes)
 
 
-@pytest.mark.parametrize("spec", [{"method": "dora"}, {"component": "unet"}])
+@pytest.mark.parametrize("spec", [{"component": "unet"}])
 def test_what_this_version_does_not_carry_out_is_recognised_and_said(spec: dict[str, Any]) -> None:
     assert "not" in refusal(NotYet, spec)
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from gpu_service import bodies
-from gpu_service.artifacts import Lora
 from gpu_service.llama import Llama
+from gpu_service.lora import Lora
 from gpu_service.models import Base
 from gpu_service.rows import Dials, Rows
 from tests.gpu_service.test_decoders import whole_logits
