@@ -11,9 +11,9 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-PROTOCOL = 1  # raised when a message changes in a way that an older peer can't read
+PROTOCOL = 2  # raised when a message changes in a way that an older peer can't read
 
 SIGNATURE_WINDOW_S = 60.0  # a signed request is good this long, on the relay's clock
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -24,6 +24,9 @@ MAX_COUNT = 2**31 - 1  # INTEGER
 MAX_BYTES = 2**53  # within BIGINT, and exact in JSON of any language
 
 MAX_CHUNK_BYTES = 8 * 2**20  # of a checkpoint: what is sent again when a connection breaks
+MAX_SAMPLE_PROMPTS = 8
+MAX_SAMPLE_CHARS = 2000  # of one sample prompt
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"  # of a job that has succeeded
 
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 Fence = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -55,7 +58,7 @@ class LayerSpec(Message):
     component: str | None = None  # unet | text_encoder, where a model has more than one
     rank: int = Field(default=16, ge=1, le=1024)  # lora, dora
     alpha: float | None = Field(default=None, gt=0, le=65536)  # lora, dora; None: twice the rank
-    rslora: bool = False  # lora, dora: scaled by alpha / sqrt(rank) in place of alpha / rank
+    rslora: bool = False  # lora, dora: scaled by alpha / sqrt(rank), not alpha / rank. https://arxiv.org/abs/2312.03732
 
     @field_validator("layers")
     @classmethod
@@ -74,9 +77,15 @@ class LayerSpec(Message):
             raise ValueError(f"'{pattern}' is no regular expression: {exc}") from exc
         return pattern
 
+    @model_validator(mode="after")
+    def _scaled(self) -> Self:
+        if self.rslora and self.method == "full":
+            raise ValueError("rslora scales what lora or dora add, and method 'full' adds nothing: leave it out")
+        return self
+
 
 class Hyperparameters(Message):
-    """As in the OpenAI API, and three of our own. "auto" is resolved by the gpu, which reports what it chose."""
+    """As in the OpenAI API, and more of our own. "auto" is resolved by the gpu, which reports what it chose."""
 
     n_epochs: Annotated[int, Field(ge=1, le=100)] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # rows an optimizer step sees
@@ -84,6 +93,21 @@ class Hyperparameters(Message):
     learning_rate: Annotated[float, Field(gt=0, le=10)] | Auto = "auto"  # before the multiplier
     max_length_tokens: Annotated[int, Field(ge=8, le=MAX_COUNT)] | Auto = "auto"  # longer rows are cut, and counted
     micro_batch_rows: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # rows of one slice of training
+    schedule: Literal["linear", "cosine", "constant"] | Auto = "auto"  # of the learning rate, after the warm-up
+    warmup_ratio: Annotated[float, Field(ge=0, le=0.5)] | Auto = "auto"  # of all steps
+    optimizer: Literal["adamw", "adamw_8bit"] | Auto = "auto"
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | Auto = "auto"  # of matrices; norms and biases never decay
+    max_gradient_norm: Annotated[float, Field(ge=0, le=1e6)] | Auto = "auto"  # 0: gradients are not clipped
+    activation_checkpointing: bool | Auto = "auto"  # less memory, a third more time, the same result
+    packing: bool | Auto = "auto"  # rows of a slice stand in one sequence, unseen by each other, without padding
+    early_stop_patience: Annotated[int, Field(ge=0, le=100)] | Auto = "auto"  # validations in vain; 0: never
+    prefix_cache: bool | Auto = "auto"  # the frozen layers' output is computed once and kept on disk
+    stream_layers: bool | Auto = "auto"  # the frozen layers are read one at a time, and never all in memory
+    train_on: Literal["completions", "all"] | Auto = "auto"  # which tokens are labels
+    samples_every_steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] | Auto = "auto"  # answers to the sample prompts
+
+
+SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_SAMPLE_CHARS)]
 
 
 class FileRef(Message):
@@ -120,19 +144,6 @@ class Checkpoint(Message):
     files: list[ChunkedFile] = Field(min_length=1, max_length=16)
 
 
-class JobSpec(Message):
-    """Everything that a gpu needs to run one fine-tune."""
-
-    job_id: str
-    base_model: str
-    layers: list[LayerSpec] = Field(min_length=1, max_length=16)
-    hyperparameters: Hyperparameters
-    seed: int = Field(ge=0, lt=2**31)
-    training_file: FileRef
-    validation_file: FileRef | None = None
-    checkpoints: list[Checkpoint] = Field(default=[], max_length=8)  # newest first: if one is damaged, the next
-
-
 class AdapterManifest(Message):
     """What a fine-tune produced: the trained tensors and the JSON that says what they are."""
 
@@ -146,6 +157,21 @@ class TunedModel(Message):
 
     id: str
     adapter: AdapterManifest
+
+
+class JobSpec(Message):
+    """Everything that a gpu needs to run one fine-tune."""
+
+    job_id: str
+    base_model: str
+    layers: list[LayerSpec] = Field(min_length=1, max_length=16)
+    hyperparameters: Hyperparameters
+    seed: int = Field(ge=0, lt=2**31)
+    training_file: FileRef
+    validation_file: FileRef | None = None
+    sample_prompts: list[SamplePrompt] = Field(default=[], max_length=MAX_SAMPLE_PROMPTS)
+    continue_from: TunedModel | None = None  # trained further, with the same base model beneath
+    checkpoints: list[Checkpoint] = Field(default=[], max_length=8)  # newest first: if one is damaged, the next
 
 
 # --- enrolment and heartbeat -----------------------------------------------------------------------------------------
@@ -334,6 +360,15 @@ class JobResult(Message):
     error: JobError | None = None
     trained_tokens: int = Field(default=0, ge=0, le=MAX_BYTES)
     hyperparameters: Hyperparameters | None = None  # as resolved: no "auto" left
+    reports: list[FileRef] = Field(default=[], max_length=4)  # REPORT_JSON and REPORT_HTML, blobs like the adapter's
+
+    @field_validator("reports")
+    @classmethod
+    def _each_once(cls, reports: list[FileRef]) -> list[FileRef]:
+        names = [report.name for report in reports]
+        if len(set(names)) < len(names) or not set(names) <= {REPORT_JSON, REPORT_HTML}:
+            raise ValueError(f"give {REPORT_JSON} and {REPORT_HTML}, each once at most")
+        return reports
 
 
 # --- errors, in the OpenAI shape -------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import wire
-from gpu_service import costs, layers, train
+from gpu_service import costs, layers
+from gpu_service import plan as plans
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, NotYet
 from gpu_service.layers import TensorInfo
@@ -236,15 +237,15 @@ def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: floa
     selection = layers.select(source.tensors, body.specs, tied=source.tied)
     wanted, rows, tokens = body.hyperparameters, PREVIEW_ROWS, PREVIEW_TOKENS
     if body.data:
-        longest = train.max_length(wanted.max_length_tokens, source)
+        longest = plans.max_length(wanted.max_length_tokens, source)
         tokens = min(longest, max(1, body.data.bytes // body.data.rows // FILE_BYTES_PER_TOKEN))  # of a usual row
-        rows = train.micro_rows(wanted, source, selection, train.batch_rows(wanted, body.data.rows), tokens, device)
+        rows = plans.micro_rows(wanted, source, selection, plans.batch_rows(wanted, body.data.rows), tokens, device)
     times = {}
     if flops_per_s:
         token_s = costs.training_flops(selection, source.tensors, tied=source.tied) / flops_per_s
         times["chat_pause_s"] = round(rows * tokens * token_s, 2)
         if body.data:
-            seen = train.n_epochs(wanted, body.data.rows) * body.data.rows * tokens
+            seen = plans.n_epochs(wanted, body.data.rows) * body.data.rows * tokens
             times["time_s"] = round(seen * token_s, 1)
     cost = source.cost(selection, rows, tokens, device.precision.dtype.itemsize)
     lora = {t.tensor.name: t for t in selection.lora}

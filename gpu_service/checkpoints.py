@@ -18,13 +18,14 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 import wire
+from gpu_service import plan as plans
 from gpu_service import train
 from gpu_service.artifacts import BlobCache
 from gpu_service.errors import BadCheckpoint
 from gpu_service.layers import Selection
 
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
-_PLAN = TypeAdapter(train.Plan)
+_PLAN = TypeAdapter(plans.Plan)
 
 
 class Description(wire.Message):
@@ -32,7 +33,7 @@ class Description(wire.Message):
 
     format: Literal[1] = 1
     job: wire.Sha256  # `job_hash` of the job that it belongs to
-    plan: dict[str, Any]  # train.Plan
+    plan: dict[str, Any]  # plans.Plan
     step: int = Field(ge=0)
     tokens: int = Field(ge=0)
     validations: int = Field(ge=0)
@@ -50,7 +51,7 @@ class Stored:
     """A checkpoint that was read back."""
 
     state: train.State
-    plan: train.Plan
+    plan: plans.Plan
     elapsed_s: float
     made_on: str
     made_at: float

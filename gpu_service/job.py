@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import wire
 from gpu_service import artifacts, costs, layers, train
+from gpu_service import plan as plans
 from gpu_service.artifacts import Adapter, AdapterMeta, BlobCache, LoraMeta
 from gpu_service.checkpoints import Stored
 from gpu_service.data import TokenStore
@@ -200,9 +201,10 @@ class Jobs:
             )
 
     async def _train(self, spec: wire.JobSpec, folder: Path, reporter: "Reporter", lease: Lease, run: Run) -> Adapter:
+        plans.refuse_unbuilt(spec)
         source = self._models.source(spec.base_model)
         selection = await asyncio.to_thread(layers.select, source.tensors, spec.layers, tied=source.tied)
-        length = train.max_length(spec.hyperparameters.max_length_tokens, source)
+        length = plans.max_length(spec.hyperparameters.max_length_tokens, source)
         async with AsyncExitStack() as stack:
             stack.enter_context(self._cache.keep(spec.training_file.sha256))
 
@@ -218,7 +220,9 @@ class Jobs:
         if found and found.plan.steps_per_epoch != -(-len(store) // found.plan.batch_rows):
             reporter.say("The checkpoint does not fit this data: the job begins at its beginning.", level="warn")
             found = None
-        plan = found.plan if found else train.plan(spec.hyperparameters, source, selection, store, length, self._device)
+        plan = (
+            found.plan if found else plans.resolve(spec.hyperparameters, source, selection, store, length, self._device)
+        )
         cost = source.cost(selection, plan.micro_rows, store.report.longest, self._device.precision.dtype.itemsize)
         reporter.say(f"Training data: {store.report.summary()}.")
         reporter.say(f"Training {costs.summary(selection, cost)}, on {self._device.name}.")
@@ -331,7 +335,7 @@ class Reporter:
     def say(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
         self._add(message, "message", level, data or {})
 
-    def metrics(self, item: train.Progress, plan: train.Plan, elapsed_s: float, left_s: float) -> None:
+    def metrics(self, item: train.Progress, plan: plans.Plan, elapsed_s: float, left_s: float) -> None:
         data: dict[str, Any] = {
             "step": item.step,
             "total_steps": plan.total_steps,

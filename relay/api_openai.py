@@ -11,6 +11,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+import wire
 from relay import errors, shapes
 from relay.accounts import Scope, User
 from relay.blobs import Blobs
@@ -30,6 +31,9 @@ from relay.waiting import MAX_WAIT_S, Waiting
 FORM_OVERHEAD_BYTES = 2**16  # what a form may be larger than its file
 MAX_ACCEPT_CHARS = 200  # a longer one is not passed on: it stands in a frame's head, which has a bound
 PREVIEW = "/v1/layers/preview"
+REPORT_CSP = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; sandbox"
+)
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -216,14 +220,11 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
 def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
     @routes.post("/fine_tuning/jobs")
     async def create_job(request: Request) -> Response:
-        """Bad layers fail here if a gpu can be asked, and else when the job starts."""
+        """Bad layers fail here if a gpu can be asked, and else when it starts. A tuned model is trained further."""
         user = await api.user(request, "train")
         body = parse_object(await read_body(request, api.settings.max_body_bytes))
         asked = parse(shapes.JobRequest, body)
         model = await api.models.resolve(user.id, asked.model)
-        if model.is_tuned:
-            message = f"model: training on top of a tuned model is not supported yet: use its base, '{model.base}'"
-            raise errors.InvalidRequest(message, param="model")
         training = await api.files.get(user.id, asked.training_file, param="training_file")
         validation = (
             await api.files.get(user.id, asked.validation_file, param="validation_file")
@@ -244,6 +245,8 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
                 training_blob=file_ref(training),
                 validation_file=validation.id if validation else None,
                 validation_blob=file_ref(validation) if validation else None,
+                sample_prompts=asked.sample_prompts,
+                continue_from=model.id if model.is_tuned else None,
             ),
         )
         api.dispatcher.wake()
@@ -273,6 +276,25 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         user = await api.user(request, "train")
         rows = await api.jobs.checkpoints(user.id, job_id)
         return JSONResponse(shapes.page(shapes.checkpoint, rows, False))
+
+    async def report(request: Request, job_id: str, name: str, media_type: str) -> StreamingResponse:
+        user = await api.user(request, "train")
+        row = await api.jobs.report(user.id, job_id, name)
+        headers = {
+            "content-length": str(row.bytes),
+            "content-disposition": f'attachment; filename="{quote(job_id, safe="")}-{name}"',
+            "content-security-policy": REPORT_CSP,
+        }
+        return StreamingResponse(api.blobs.chunks(row.sha256), media_type=media_type, headers=headers)
+
+    @routes.get("/fine_tuning/jobs/{job_id}/report")
+    async def job_report(job_id: str, request: Request) -> StreamingResponse:
+        return await report(request, job_id, wire.REPORT_JSON, "application/json")
+
+    @routes.get("/fine_tuning/jobs/{job_id}/report.html")
+    async def job_report_page(job_id: str, request: Request) -> StreamingResponse:
+        """One file without a script, written by a gpu: whoever shows it runs nothing of it."""
+        return await report(request, job_id, wire.REPORT_HTML, "text/html; charset=utf-8")
 
     @routes.post("/fine_tuning/jobs/{job_id}/pause")
     async def pause_job(job_id: str, request: Request) -> JSONResponse:

@@ -16,11 +16,12 @@ from relay import errors
 from relay.blobs import Blobs
 from relay.store import Clock, Store
 from relay.sweep import remove_unnamed
-from relay.tables import LEASED, OPEN, checkpoints, files, job_events, jobs
+from relay.tables import LEASED, OPEN, checkpoints, files, job_events, job_reports, jobs, models
 
 JobRow = Row[Any]
 EventRow = Row[Any]
 NO_LEASE: Mapping[str, None] = dict.fromkeys(("gpu_id", "gpu_epoch", "lease_until", "leased_at", "pause_asked_at"))
+NOWHERE: Mapping[str, Any] = {"adapter": {"files": []}}  # that a job continues from
 OVER: Mapping[str, int | None] = {**NO_LEASE, "reserved_bytes": 0, "estimated_finish": None}
 
 
@@ -35,6 +36,8 @@ class NewJob:
     training_blob: wire.FileRef
     validation_file: str | None
     validation_blob: wire.FileRef | None
+    sample_prompts: Sequence[str] = ()
+    continue_from: str | None = None  # a tuned model of the same owner's
 
 
 class Jobs:
@@ -44,13 +47,17 @@ class Jobs:
         self._clock = clock
 
     async def create(self, owner: str, new: NewJob) -> JobRow:
-        """Raises NotFound if a file was deleted since the caller looked it up; its blob may be gone with it."""
+        """Raises NotFound if a file was deleted since the caller looked it up; its blob may be gone with it.
+
+        ModelNotFound if the tuned model was, that it is to continue from.
+        """
         job_id = f"ftjob-{secrets.token_hex(12)}"
         async with self._store.write() as db:
             for param, file_id in (("training_file", new.training_file), ("validation_file", new.validation_file)):
                 here = select(files.c.id).where(files.c.id == file_id, files.c.owner == owner).with_for_update()
                 if file_id is not None and (await db.execute(here)).first() is None:
                     raise errors.NotFound(f"no file '{file_id}'", param=param)
+            continue_from = await _tuned(db, owner, new.continue_from) if new.continue_from else None
             await db.execute(
                 insert(jobs).values(
                     id=job_id,
@@ -65,6 +72,8 @@ class Jobs:
                     training_blob=new.training_blob.model_dump(),
                     validation_file=new.validation_file,
                     validation_blob=new.validation_blob.model_dump() if new.validation_blob else None,
+                    sample_prompts=list(new.sample_prompts),
+                    continue_from=continue_from.model_dump() if continue_from else None,
                     created_at=self._clock(),
                 )
             )
@@ -162,6 +171,21 @@ class Jobs:
             await self._of(db, owner, job_id)
             return (await db.execute(query)).all()
 
+    async def report(self, owner: str, job_id: str, name: str) -> Row[Any]:
+        """Its blob: `sha256` and `bytes`. Raises NotFound, saying why there is none."""
+        query = select(job_reports).where(job_reports.c.job_id == job_id, job_reports.c.name == name)
+        async with self._store.read() as db:
+            job = await self._of(db, owner, job_id)
+            row = (await db.execute(query)).one_or_none()
+        if row is None:
+            why = {
+                "succeeded": "it went with its model, or its gpu wrote none",
+                "failed": "the job has failed, and its events say why",
+                "cancelled": "the job was cancelled",
+            }.get(job.status, "it is written when the job ends")
+            raise errors.NotFound(f"no report of job '{job_id}': {why}", param="fine_tuning_job_id")
+        return row
+
     async def _of(self, db: AsyncConnection, owner: str, job_id: str) -> JobRow:
         row = (await db.execute(select(jobs).where(jobs.c.id == job_id, jobs.c.owner == owner))).one_or_none()
         if row is None:
@@ -169,9 +193,24 @@ class Jobs:
         return row
 
 
+async def _tuned(db: AsyncConnection, owner: str, model_id: str) -> wire.TunedModel:
+    here = select(models.c.adapter).where(models.c.id == model_id, models.c.owner == owner).with_for_update()
+    adapter = (await db.execute(here)).scalar_one_or_none()
+    if adapter is None:
+        raise errors.ModelNotFound(f"no tuned model '{model_id[:200]}'", param="model")
+    return wire.TunedModel(id=model_id, adapter=wire.AdapterManifest.model_validate(adapter))
+
+
+async def drop_reports(db: AsyncConnection, job_id: str) -> set[str]:
+    """The blobs that they named."""
+    gone = delete(job_reports).where(job_reports.c.job_id == job_id)
+    return set((await db.execute(gone.returning(job_reports.c.sha256))).scalars())
+
+
 async def forget(db: AsyncConnection, blobs: Blobs, job: JobRow) -> None:
     """The job is over: what only it kept goes, checkpoints and deleted files."""
     data = [blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob]
+    data += [file["sha256"] for file in (job.continue_from or NOWHERE)["adapter"]["files"]]
     await remove_unnamed(db, blobs, {*data, *await drop_checkpoints(db, checkpoints.c.job_id == job.id)})
 
 

@@ -17,7 +17,7 @@ from relay.blobs import Blobs
 from relay.jobs import NO_LEASE, OVER, JobRow, forget, say
 from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, jobs, models, offers, users
+from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, job_reports, jobs, models, offers, users
 
 MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
 HEADS_SHOWN = 1000  # pairs of user and base model that one look compares
@@ -281,7 +281,7 @@ class Leases:
     ) -> None:
         if adapter.base_model != job.base_model:
             raise errors.InvalidRequest(f"adapter.base_model: the job is about '{job.base_model}'", param="adapter")
-        for file in adapter.files:
+        for file in [*adapter.files, *result.reports]:
             if self._blobs.size_bytes(file.sha256) != file.bytes:
                 message = f"adapter.files: blob {file.sha256} ({file.name}) is not stored here: upload it, then finish"
                 raise errors.InvalidRequest(message, param="adapter", code="blob_missing")
@@ -300,6 +300,10 @@ class Leases:
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         row = {"id": model_id, "owner": job.owner, "base_model": job.base_model, "job_id": job.id, "created_at": now}
         await db.execute(insert(models).values(**row, adapter=adapter.model_dump()))
+        if result.reports:
+            await db.execute(
+                insert(job_reports), [{"job_id": job.id, **report.model_dump()} for report in result.reports]
+            )
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
         await forget(db, self._blobs, job)
 
@@ -377,6 +381,8 @@ def job_spec(job: JobRow, kept: Sequence[wire.Checkpoint] = ()) -> wire.JobSpec:
         seed=job.seed,
         training_file=job.training_blob,
         validation_file=job.validation_blob,
+        sample_prompts=job.sample_prompts or [],
+        continue_from=job.continue_from,
         checkpoints=list(kept),
     )
 

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import wire
 from relay import errors
 from relay.blobs import Blobs
+from relay.jobs import drop_reports
 from relay.settings import Settings
 from relay.store import Clock, Store
 from relay.sweep import remove_unnamed
@@ -92,11 +93,11 @@ class Models:
             raise errors.InvalidRequest(message, param="model")
         async with self._store.write() as db:
             gone = delete(models).where(models.c.id == model_id, models.c.owner == owner)
-            adapter = (await db.execute(gone.returning(models.c.adapter))).scalar_one_or_none()
+            row = (await db.execute(gone.returning(models.c.adapter, models.c.job_id))).one_or_none()
             self._bases_known.clear()
-            if adapter is None:
+            if row is None:
                 return
-            shas = [f["sha256"] for f in adapter["files"]]
+            shas = {f["sha256"] for f in row.adapter["files"]} | await drop_reports(db, row.job_id)
             await remove_unnamed(db, self._blobs, shas, older_than=self._clock() - PROMISED_S)
 
     async def tuned(self, model_id: str) -> wire.TunedModel:

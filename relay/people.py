@@ -17,7 +17,7 @@ from relay import errors
 from relay.accounts import ADMIN, Accounts
 from relay.audit import COMMAND_LINE, By, note
 from relay.blobs import Blobs
-from relay.jobs import OVER, drop_checkpoints
+from relay.jobs import OVER, drop_checkpoints, drop_reports
 from relay.store import Clock, Store
 from relay.sweep import remove_unnamed
 from relay.tables import OPEN, checkpoints, files, job_events, jobs, key_rules, keys, models, passwords, sessions, users
@@ -108,6 +108,7 @@ class People:
                 return  # another process was first
             gone = await drop_checkpoints(db, checkpoints.c.job_id == job_id)
             gone |= {blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob}
+            gone |= await drop_reports(db, job_id)
             mine = delete(models).where(models.c.job_id == job_id).returning(models.c.adapter)
             for adapter in (await db.execute(mine)).scalars().all():
                 gone |= {file["sha256"] for file in adapter["files"]}

@@ -43,6 +43,7 @@ class JobRequest(_Asked):
     method: Method | None = None
     hyperparameters: wire.Hyperparameters | None = None  # where the API had them before `method`
     layers: list[wire.LayerSpec] = Field(default=[wire.LayerSpec()], min_length=1, max_length=16)
+    sample_prompts: list[wire.SamplePrompt] = Field(default=[], max_length=wire.MAX_SAMPLE_PROMPTS)
     metadata: None = None  # these two are accepted when they say nothing
     integrations: None = None
 
@@ -118,7 +119,7 @@ def job(row: Row[Any]) -> dict[str, Any]:
         "created_at": int(row.created_at),
         "finished_at": None if row.finished_at is None else int(row.finished_at),
         "estimated_finish": None if row.estimated_finish is None else int(row.estimated_finish),
-        "model": row.base_model,
+        "model": row.continue_from["id"] if row.continue_from else row.base_model,
         "fine_tuned_model": row.fine_tuned_model,
         "organization_id": row.owner,
         "status": PUBLIC_STATUS.get(row.status, row.status),
@@ -134,6 +135,8 @@ def job(row: Row[Any]) -> dict[str, Any]:
         "metadata": None,
         "integrations": [],
         "layers": row.layers,
+        "sample_prompts": row.sample_prompts or [],
+        "base_model": row.base_model,
         "gpu": row.last_gpu_id,
         "attempts": row.attempts,
         "pausing": row.pause_asked_at is not None,

@@ -1,5 +1,5 @@
-"""Blobs that nothing names any more go. What names one: a file, a tuned model, a job that is not
-over, a checkpoint of one.
+"""Blobs that nothing names any more go. What names one: a file, a tuned model and the report of its
+job, a job that is not over, a checkpoint of one.
 
 Does not know why a name went. A blob whose name is still to come, as a result on its way in, is young: left alone.
 """
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay.blobs import Blobs
 from relay.store import Clock, Store
-from relay.tables import OPEN, checkpoint_chunks, files, jobs, models
+from relay.tables import OPEN, checkpoint_chunks, files, job_reports, jobs, models
 
 log = logging.getLogger("relay.sweep")
 
@@ -64,10 +64,13 @@ async def named(db: AsyncConnection, shas: Collection[str] | None = None) -> set
         return true() if shas is None else column.in_(shas)
 
     found: set[str] = set()
-    for column in (files.c.sha256, checkpoint_chunks.c.sha256):
+    for column in (files.c.sha256, checkpoint_chunks.c.sha256, job_reports.c.sha256):
         found |= set((await db.execute(select(column).where(among(column)))).scalars())
-    for job in await db.execute(select(jobs.c.training_blob, jobs.c.validation_blob).where(jobs.c.status.in_(OPEN))):
-        found |= {blob["sha256"] for blob in job if blob}
-    for adapter in (await db.execute(select(models.c.adapter))).scalars():
+    of_jobs = select(jobs.c.training_blob, jobs.c.validation_blob, jobs.c.continue_from)
+    adapters = list((await db.execute(select(models.c.adapter))).scalars())
+    for *data, continue_from in await db.execute(of_jobs.where(jobs.c.status.in_(OPEN))):
+        found |= {blob["sha256"] for blob in data if blob}
+        adapters += [continue_from["adapter"]] if continue_from else []
+    for adapter in adapters:
         found |= {file["sha256"] for file in adapter["files"]}
     return found

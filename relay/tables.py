@@ -193,6 +193,8 @@ jobs = Table(
     Column("validation_file", String(40)),
     Column("training_blob", JSON, nullable=False),  # wire.FileRef: a job goes on when its file is deleted
     Column("validation_blob", JSON),
+    Column("sample_prompts", JSON),  # list of texts
+    Column("continue_from", JSON),  # wire.TunedModel: a job goes on when the model that it began at is deleted
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Column("estimated_finish", Float),
@@ -240,6 +242,16 @@ checkpoint_chunks = Table(
     Column("sha256", String(64), primary_key=True),
     ForeignKeyConstraint(["job_id", "step"], ["checkpoints.job_id", "checkpoints.step"], ondelete="CASCADE"),
     Index("checkpoint_chunks_by_blob", "sha256"),
+)
+
+job_reports = Table(
+    "job_reports",  # of jobs whose model is here; what keeps a report's blob alive
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Index("job_reports_by_blob", "sha256"),
 )
 
 job_events = Table(

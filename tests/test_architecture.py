@@ -45,7 +45,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["app", "tunnel", "dialout", "job", "lease", "link"],
         ["bodies", "gate"],
         ["worker"],
-        ["checkpoints", "text", "image", "train"],
+        ["checkpoints", "text", "image", "train", "plan"],
         ["prefix", "data", "reuse"],
         ["decoder"],
         ["llama", "gpt2"],

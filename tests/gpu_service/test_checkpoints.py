@@ -11,6 +11,7 @@ import torch
 import wire
 from demo import gpt2
 from gpu_service import checkpoints, decoder, layers, train
+from gpu_service import plan as plans
 from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
 from gpu_service.device import Device
@@ -51,7 +52,7 @@ def after(asked: int) -> Callable[[], bool]:
     return lambda: next(left, 1) == 0
 
 
-def stored(state: train.State, plan: train.Plan) -> Stored:
+def stored(state: train.State, plan: plans.Plan) -> Stored:
     return Stored(state, plan, elapsed_s=1.5, made_on="cpu fp32", made_at=1.0)
 
 

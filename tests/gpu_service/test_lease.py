@@ -14,7 +14,8 @@ from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
 from gpu_service.lease import Lease, Often
 from gpu_service.link import Refused, RelayFull
-from gpu_service.train import Plan, State
+from gpu_service.plan import Plan
+from gpu_service.train import State
 
 PLAN = Plan(
     n_epochs=1,

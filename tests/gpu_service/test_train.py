@@ -9,6 +9,7 @@ import torch
 
 import wire
 from gpu_service import layers, train
+from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.device import DTYPES, Device, Precision
 from gpu_service.errors import BadRequest
@@ -41,7 +42,7 @@ def job(base: Base, cpu: Device, rows_file: Path, folder: Path, *specs: wire.Lay
     selection = layers.select(source.tensors, specs, tied=source.tied)
     store = TokenStore.build(rows_file, folder, source.tokenizer, 64)
     hyperparameters = wire.Hyperparameters.model_validate({"n_epochs": 3, "batch_size": 4, **wanted})
-    plan = train.plan(hyperparameters, source, selection, store, 64, cpu)
+    plan = plans.resolve(hyperparameters, source, selection, store, 64, cpu)
     return train.Job(source, selection, plan, store, None, seed=5)
 
 
@@ -164,4 +165,4 @@ def test_warm_up_rises_to_the_peak_and_the_rate_ends_near_zero(
 
 def test_rows_longer_than_the_model_reads_are_refused_by_number(tiny: Base) -> None:
     with pytest.raises(BadRequest, match="512"):
-        train.max_length(513, tiny.source)
+        plans.max_length(513, tiny.source)

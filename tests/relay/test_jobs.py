@@ -1,6 +1,7 @@
 """A fine-tuning job's life, as its owner and its gpu see it."""
 
 import asyncio
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ async def tuned_model(relay: Relay, gpu: DoubleGpu) -> str:
 async def test_a_deleted_model_is_gone_with_its_blobs_and_bases_stay(relay: Relay, gpu: DoubleGpu) -> None:
     model = await tuned_model(relay, gpu)
     before = len(relay.stored())
-    relay.clock.advance(PROMISED_S + 1)
+    relay.clock.advance(PROMISED_S + 60)
     assert (await relay.openai.models.delete(model)).deleted
     assert len(relay.stored()) == before - 1
     assert [m.id async for m in relay.openai.models.list()] == [BASE]
@@ -151,13 +152,6 @@ async def test_a_start_sweeps_up_old_blobs_that_nothing_names(tmp_path: Path, cl
         await until(lambda: set(relay.stored()) == kept | young)
         await asyncio.sleep(0.1)
         assert set(relay.stored()) == kept | young
-
-
-async def test_training_on_a_tuned_model_is_refused_with_its_base_named(relay: Relay, gpu: DoubleGpu) -> None:
-    model = await tuned_model(relay, gpu)
-    with pytest.raises(openai.BadRequestError, match=f"not supported yet.*{BASE}") as caught:
-        await relay.openai.fine_tuning.jobs.create(model=model, training_file=await relay.upload())
-    assert caught.value.param == "model"
 
 
 NONSENSE: list[tuple[dict[str, Any], str, str]] = [
@@ -433,3 +427,85 @@ async def test_pages_of_jobs_cover_all_of_them_newest_first(relay: Relay, gpu: D
     assert len(set(listed)) == 5
     response = await relay.http.get("/v1/fine_tuning/jobs?limit=0")
     assert (response.status_code, response.json()["error"]["param"]) == (400, "limit")
+
+
+async def reported(relay: Relay, gpu: DoubleGpu) -> tuple[str, str]:
+    """A job with both reports, and its model."""
+    job = await create(relay)
+    grant = await gpu.next_grant()
+    reports = []
+    for name, content in ((wire.REPORT_JSON, b'{"losses": []}'), (wire.REPORT_HTML, b"<!doctype html><p>Losses")):
+        await gpu.upload(grant, content)
+        reports.append(wire.FileRef(name=name, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)))
+    await gpu.upload(grant, b"the trained tensors")
+    await gpu.finish(grant, result_of(grant, b"the trained tensors").model_copy(update={"reports": reports}))
+    model = (await relay.openai.fine_tuning.jobs.retrieve(job.id)).fine_tuned_model
+    assert model
+    return job.id, model
+
+
+async def test_a_report_is_read_as_data_and_as_a_page_that_runs_nothing(relay: Relay, gpu: DoubleGpu) -> None:
+    job_id, _ = await reported(relay, gpu)
+    report = await relay.http.get(f"/v1/fine_tuning/jobs/{job_id}/report")
+    assert (report.status_code, report.json()) == (200, {"losses": []})
+    page = await relay.http.get(f"/v1/fine_tuning/jobs/{job_id}/report.html")
+    assert page.content.endswith(b"<p>Losses")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-disposition"].startswith("attachment")
+    assert "sandbox" in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_a_report_outlives_the_sweep_and_goes_with_its_model(tmp_path: Path, clock: Clock) -> None:
+    async with running_relay(tmp_path, clock) as relay, relay.gpu() as gpu:
+        job_id, model = await reported(relay, gpu)
+        await create(relay)
+        await gpu.upload(await gpu.next_grant(), b"a result that nobody finishes")
+        before = len(relay.stored())
+        for path in relay.stored():
+            os.utime(path, (0, 0))
+    async with running_relay(tmp_path, clock) as relay:
+        await until(lambda: len(relay.stored()) == before - 1)
+        await report_goes_with(relay, job_id, model)
+
+
+async def report_goes_with(relay: Relay, job_id: str, model: str) -> None:
+    assert (await relay.http.get(f"/v1/fine_tuning/jobs/{job_id}/report")).status_code == 200
+    relay.clock.advance(PROMISED_S + 60)
+    before = len(relay.stored())
+    await relay.openai.models.delete(model)
+    assert len(relay.stored()) == before - 3
+    gone = await relay.http.get(f"/v1/fine_tuning/jobs/{job_id}/report.html")
+    assert (gone.status_code, "went with its model" in gone.text) == (404, True)
+
+
+async def test_a_job_without_a_report_says_why(relay: Relay, gpu: DoubleGpu) -> None:
+    job = await create(relay)
+    answer = await relay.http.get(f"/v1/fine_tuning/jobs/{job.id}/report")
+    assert (answer.status_code, "written when the job ends" in answer.text) == (404, True)
+
+
+async def test_a_job_that_begins_at_a_tuned_model_keeps_what_it_needs_of_it(relay: Relay, gpu: DoubleGpu) -> None:
+    model = await tuned_model(relay, gpu)
+    file = await relay.upload()
+    job = await relay.openai.fine_tuning.jobs.create(
+        model=model, training_file=file, extra_body={"sample_prompts": ["Hello?"]}
+    )
+    assert job.model == model
+    relay.clock.advance(PROMISED_S + 60)
+    await relay.openai.models.delete(model)
+    grant = await gpu.next_grant()
+    assert grant.job.base_model == BASE
+    assert grant.job.sample_prompts == ["Hello?"]
+    assert grant.job.continue_from
+    assert grant.job.continue_from.id == model
+    files = grant.job.continue_from.adapter.files
+    assert [(await gpu.call("GET", f"/gpu/blobs/{f.sha256}")).status_code for f in files] == [200] * len(files)
+    await gpu.finish(grant, failed(grant, retry=False))
+    assert [(await gpu.call("GET", f"/gpu/blobs/{f.sha256}")).status_code for f in files] == [404] * len(files)
+
+
+async def test_too_many_or_too_long_sample_prompts_are_refused(relay: Relay, gpu: DoubleGpu) -> None:
+    for prompts in (["?"] * 9, ["?" * 2001], [""]):
+        with pytest.raises(openai.BadRequestError, match="sample_prompts"):
+            await create(relay, extra_body={"sample_prompts": prompts})
