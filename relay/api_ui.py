@@ -4,11 +4,11 @@ import asyncio
 import html
 import json
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -72,12 +72,6 @@ class NewKey(_Asked):
 class Confirm(_Asked):
     password: str | None = Field(default=None, max_length=MAX_CHARS)
     key: str | None = Field(default=None, max_length=500)
-
-
-class NewEnrolToken(_Asked):
-    name: str | None = Field(default=None, max_length=100)
-    reusable: bool = False
-    expires_in_s: float | None = Field(default=None, gt=0, le=MOST_KEY_S)
 
 
 class NewGeneration(_Asked):
@@ -160,7 +154,7 @@ class UiApi:
 
 def router(api: UiApi) -> APIRouter:
     routes = APIRouter()
-    for add in (_session, _keys, _enrol_tokens, _users, _audit, _gpus, _jobs, _generations):
+    for add in (_session, _keys, _gpus, _jobs, _generations):
         part = APIRouter(prefix="/api", tags=["page"])
         add(part, api)
         routes.include_router(part)
@@ -203,7 +197,8 @@ def _session(routes: APIRouter, api: UiApi) -> None:
 
     @routes.get("/me")
     async def me(request: Request) -> JSONResponse:
-        return JSONResponse(_me(await api.user(request)))
+        user = await api.user(request)
+        return JSONResponse(_me(user) | {"has_password": await api.passwords.has(user.id)})
 
     @routes.delete("/me")
     async def delete_me(request: Request) -> JSONResponse:
@@ -289,65 +284,6 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
             raise errors.NotFound(f"no key '{key_id[:50]}'")
         await api.accounts.revoke(key_id, api.by(request, user))
         return JSONResponse({"id": key_id, "deleted": True})
-
-
-def _enrol_tokens(routes: APIRouter, api: UiApi) -> None:
-    @routes.get("/enrol-tokens")
-    async def list_tokens(request: Request) -> JSONResponse:
-        await api.admin(request, "sees enrol tokens")
-        data = [asdict(token) for token in await api.enrol_tokens.known()]
-        return JSONResponse({"object": "list", "data": data, "has_more": False})
-
-    @routes.post("/enrol-tokens")
-    async def create_token(request: Request) -> JSONResponse:
-        """The token is in this answer and nowhere else."""
-        user = await api.admin(request, "makes enrol tokens")
-        if user.rules.limited:  # or what it makes would outlast it
-            raise errors.Forbidden("a key with limits makes no enrol tokens: sign in with one that has none")
-        asked = parse(NewEnrolToken, await api.object(request))
-        expires_at = api.clock() + asked.expires_in_s if asked.expires_in_s else None
-        token_id, token = await api.enrol_tokens.create(
-            asked.name, reusable=asked.reusable, expires_at=expires_at, by=api.by(request, user)
-        )
-        return JSONResponse({"id": token_id, "token": token})
-
-    @routes.delete("/enrol-tokens/{token_id}")
-    async def revoke_token(token_id: str, request: Request) -> JSONResponse:
-        user = await api.admin(request, "revokes enrol tokens")
-        await api.enrol_tokens.revoke(token_id, api.by(request, user))
-        return JSONResponse({"id": token_id, "deleted": True})
-
-
-def _users(routes: APIRouter, api: UiApi) -> None:
-    @routes.get("/users")
-    async def list_users(request: Request) -> JSONResponse:
-        await api.admin(request, "sees users")
-        shown = ("id", "name", "created_at", "disabled_at", "deleting_at")
-        data = [{field: getattr(row, field) for field in shown} for row in await api.people.known()]
-        return JSONResponse({"object": "list", "data": data, "has_more": False})
-
-    @routes.delete("/users/{user_id}")
-    async def delete_user(user_id: str, request: Request) -> JSONResponse:
-        """Ends what they have going at once; the rest goes within moments, after a restart too."""
-        user = await api.admin(request, "deletes users")
-        names = {row.id: row.name for row in await api.people.known()}
-        if user_id not in names:
-            raise errors.NotFound(f"no user '{user_id[:50]}': GET /api/users lists them")
-        await api.delete(names[user_id], api.by(request, user))
-        return JSONResponse({"id": user_id, "deleted": True})
-
-
-def _audit(routes: APIRouter, api: UiApi) -> None:
-    @routes.get("/audit")
-    async def entries(
-        request: Request,
-        after: Annotated[int | None, Query(ge=1, lt=2**63)] = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 50,
-    ) -> JSONResponse:
-        """The newest first; `after` is the last id of the page before."""
-        await api.admin(request, "reads the audit log")
-        rows, more = await api.audit.page(after, limit)
-        return JSONResponse(shapes.page(lambda row: dict(row._mapping), rows, more))
 
 
 def _gpus(routes: APIRouter, api: UiApi) -> None:

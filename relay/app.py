@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import wire
-from relay import api_gpu, api_openai, api_ops, api_ui, errors
+from relay import api_admin, api_gpu, api_openai, api_ops, api_ui, errors
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.audit import Audit
 from relay.blobs import Blobs
@@ -145,28 +145,26 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             api_gpu.GpuApi(enrol_tokens, gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout)
         )
     )
-    app.include_router(
-        api_ui.router(
-            api_ui.UiApi(
-                sessions,
-                limits,
-                accounts,
-                passwords,
-                enrol_tokens,
-                audit,
-                people,
-                dispatcher,
-                gpus,
-                jobs,
-                models,
-                generations,
-                page,
-                settings,
-                stopping,
-                clock,
-            )
-        )
+    ui = api_ui.UiApi(
+        sessions,
+        limits,
+        accounts,
+        passwords,
+        enrol_tokens,
+        audit,
+        people,
+        dispatcher,
+        gpus,
+        jobs,
+        models,
+        generations,
+        page,
+        settings,
+        stopping,
+        clock,
     )
+    app.include_router(api_ui.router(ui))
+    app.include_router(api_admin.router(ui))
     app.include_router(api_ops.router(api_ops.OpsApi(Health(store, settings, stopping))))
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)

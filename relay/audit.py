@@ -74,9 +74,15 @@ class Audit:
             found = (await db.execute(select(users.c.name).where(users.c.name == name))).scalar_one_or_none()
             await note(db, self._clock(), By(found or UNKNOWN, address), "session.refused", what)
 
-    async def page(self, after: int | None, limit: int) -> tuple[Sequence[Row[Any]], bool]:
+    async def page(
+        self, after: int | None, limit: int, *, who: str | None = None, action: Action | None = None
+    ) -> tuple[Sequence[Row[Any]], bool]:
         """The newest first, and whether there are more."""
         query = select(audit).order_by(audit.c.id.desc()).limit(limit + 1)
+        if who is not None:
+            query = query.where(audit.c.who == who)
+        if action is not None:
+            query = query.where(audit.c.action == action)
         if after is not None:
             query = query.where(audit.c.id < after)
         async with self._store.read() as db:

@@ -37,9 +37,14 @@ class People:
         self._marked = asyncio.Event()
 
     async def known(self) -> Sequence[Row[Any]]:
-        """By name; those whose deletion is under way too."""
+        """By name, and whether each has a password; those whose deletion is under way too."""
+        query = (
+            select(users, passwords.c.user_id.is_not(None).label("has_password"))
+            .outerjoin(passwords, passwords.c.user_id == users.c.id)
+            .order_by(users.c.name)
+        )
         async with self._store.read() as db:
-            return (await db.execute(select(users).order_by(users.c.name))).all()
+            return (await db.execute(query)).all()
 
     async def disable(self, name: str, by: By = COMMAND_LINE, *, on: bool = True) -> None:
         """No key, password or session of theirs is let in, until they are enabled again. Jobs go on.

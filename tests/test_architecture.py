@@ -17,7 +17,7 @@ FLOORS: dict[str, list[list[str]]] = {
     "relay": [
         ["__main__", "celery_app"],
         ["app"],
-        ["api_openai", "api_gpu", "api_ui", "api_ops"],
+        ["api_admin", "api_openai", "api_gpu", "api_ui", "api_ops"],
         ["generations", "waiting", "proxy", "dispatcher"],
         ["shapes", "models", "files", "bodies", "page"],
         [

@@ -102,7 +102,9 @@ async def test_pages_follow_each_other_and_are_the_admins_alone(relay: Relay, st
     assert ([e["target"] for e in first["data"]], first["has_more"]) == (["gpu-4", "gpu-3", "gpu-2"], True)
     rest = await entries(relay, after=first["last_id"])
     assert [e["target"] for e in rest] == ["gpu-1", "gpu-0", "admin"]
-    for query in ({"limit": 0}, {"after": 2**64}, {"after": "x"}):
+    assert [e["target"] for e in await entries(relay, who="bora", action="gpu.drain", limit=2)] == ["gpu-4", "gpu-3"]
+    assert [e["action"] for e in await entries(relay, who="relay")] == ["user.create"]
+    for query in ({"limit": 0}, {"after": 2**64}, {"after": "x"}, {"action": "no.such"}):
         assert (await relay.http.get("/api/audit", params=query)).status_code == 400
     _, key = await Accounts(store, relay.clock).create_key("bora")
     theirs = await relay.http.get("/api/audit", headers={"authorization": f"Bearer {key}"})

@@ -135,3 +135,33 @@ async def test_who_is_disabled_is_not_let_in_until_enabled_again(store: Store, r
     for name, error in (("admin", errors.InvalidRequest), ("nobody", errors.NotFound)):
         with pytest.raises(error):
             await people.disable(name)
+
+
+async def test_the_admin_makes_users_gives_them_passwords_and_shuts_them_out(relay: Relay) -> None:
+    http = relay.http
+    made = (await http.post("/api/users", json={"name": "bora", "password": WORD})).raise_for_status().json()
+    chun = (await http.post("/api/users", json={"name": "chun"})).raise_for_status().json()
+    assert (await http.post("/api/users", json={"name": "bora"})).status_code == 400  # whose password it would change
+    assert (await http.post("/api/users", json={"name": "dal", "password": "short"})).status_code == 400
+    users = {u["name"]: u for u in (await http.get("/api/users")).json()["data"]}
+    assert {name: u["has_password"] for name, u in users.items()} == {"admin": False, "bora": True, "chun": False}
+    theirs = {"name": "bora", "password": WORD}
+    async with httpx2.AsyncClient(base_url=relay.url, headers={PAGE_HEADER: "1"}, trust_env=False) as browser:
+        assert (await browser.post("/api/session", json=theirs)).is_success
+        assert (await browser.get("/api/me")).json()["has_password"]
+        assert (await browser.post("/api/users", json={"name": "dal"})).status_code == 403
+        assert (await http.post(f"/api/users/{made['id']}/disable")).is_success
+        assert (await browser.get("/api/me")).status_code == 401
+        assert (await http.delete(f"/api/users/{made['id']}/disable")).is_success
+        assert (await browser.get("/api/me")).is_success
+        assert (await http.put(f"/api/users/{made['id']}/password", json={"password": WORD + "!"})).is_success
+        assert (await browser.get("/api/me")).status_code == 401
+        assert (await browser.post("/api/session", json=theirs)).status_code == 401
+    admin = users["admin"]["id"]
+    assert (await http.put(f"/api/users/{admin}/password", json={"password": WORD})).status_code == 400
+    assert (await http.post(f"/api/users/{admin}/disable")).status_code == 400
+    assert (await http.put("/api/users/user-x/password", json={"password": WORD})).status_code == 404
+    limited = (await http.post("/api/keys", json={"requests_per_minute": 9})).json()["key"]
+    by_key = {"authorization": f"Bearer {limited}"}
+    for method, path in (("POST", "/api/users"), ("DELETE", f"/api/users/{chun['id']}")):
+        assert (await http.request(method, path, headers=by_key, json={"name": "x"})).status_code == 403
