@@ -78,7 +78,7 @@ def _users(routes: APIRouter, api: UiApi) -> None:
 
     async def name_of(user_id: str) -> str:
         """Raises NotFound."""
-        names = {row.id: row.name for row in await api.people.known()}
+        names: dict[str, str] = {row.id: row.name for row in await api.people.known()}
         if user_id not in names:
             raise errors.NotFound(f"no user '{user_id[:50]}': GET /api/users lists them")
         return names[user_id]
