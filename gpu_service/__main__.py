@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 
+import logs
 from gpu_service.service import Service, listen
 from gpu_service.settings import BadSetting, from_env
 from gpu_service.tunnel import TunnelFailed
@@ -15,10 +16,9 @@ log = logging.getLogger("gpu_service")
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         settings = from_env()
+        logs.configure(settings.log_level, settings.log_format, ("gpu_service",), told=(RuntimeError,))  # torch's words
         listener = listen(settings)
         with contextlib.closing(listener):
             asyncio.new_event_loop().run_until_complete(until_stopped(Service(settings, listener)))

@@ -17,12 +17,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+import logs
 import wire
 from gpu_service import bodies, layers
 from gpu_service.data import encode, render_chat
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
 from gpu_service.gate import Gate, Identity
+from gpu_service.metrics import CONTENT_TYPE
 from gpu_service.models import Models, Source
 from gpu_service.text import Event, Finish, Piece, PromptTold
 from gpu_service.worker import AdapterFiles, Generation, Worker
@@ -30,6 +32,7 @@ from gpu_service.worker import AdapterFiles, Generation, Worker
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+HEADERS = ((b"x-content-type-options", b"nosniff"),)
 CLIENT_CLOSED = 499  # nginx's number for a caller who left; nobody reads it
 
 
@@ -58,6 +61,7 @@ def create_app(parts: Parts) -> FastAPI:
     app = FastAPI(title="I'm Fine gpu", docs_url=None, redoc_url=None, openapi_url=None)
     routes = _Routes(parts)
     app.add_api_route("/healthz", routes.healthz, methods=["GET"])
+    app.add_api_route("/metrics", routes.metrics, methods=["GET"])
     app.add_api_route("/challenge", routes.challenge, methods=["POST"])
     app.add_api_route("/v1/models", routes.list_models, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}/layers", routes.model_layers, methods=["GET"])
@@ -65,10 +69,13 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_api_route("/v1/layers/preview", routes.preview, methods=["POST"])
     app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
     app.add_api_route("/v1/completions", routes.completion, methods=["POST"])
+    app.state.metrics = parts.worker.metrics
+    app.add_middleware(
+        logs.RequestLine, log=log, watch=parts.worker.metrics, fault=_fault, left=(ClientDisconnect,), headers=HEADERS
+    )
     app.add_exception_handler(GpuError, _render)
     app.add_exception_handler(HTTPException, _render_http)
     app.add_exception_handler(ClientDisconnect, _render_gone)
-    app.add_exception_handler(Exception, _render_unexpected)
     return app
 
 
@@ -79,6 +86,12 @@ class _Routes:
     async def healthz(self) -> dict[str, str]:
         """Open to all, and says nothing but that the process answers."""
         return {"status": "ok"}
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus; its text format."""
+        await self._p.gate.admit(request)
+        text = await asyncio.to_thread(self._p.worker.metrics.text)
+        return Response(text, media_type=CONTENT_TYPE, headers={"cache-control": "no-store"})
 
     async def challenge(self, request: Request) -> Response:
         """The relay's nonce, signed. Only a signed request gets here with an identity to answer for."""
@@ -277,6 +290,7 @@ _UNEXPECTED = wire.error_body(
 
 async def _render(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, GpuError)
+    request.app.state.metrics.refused(exc.code)
     headers = {"retry-after": "2"} if exc.status in (429, 503) else None
     return JSONResponse(exc.body(), exc.status, headers)
 
@@ -291,5 +305,5 @@ async def _render_gone(request: Request, exc: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED)
 
 
-async def _render_unexpected(request: Request, exc: Exception) -> Response:
+def _fault(request_id: str) -> Response:
     return JSONResponse(_UNEXPECTED, 500)

@@ -152,7 +152,7 @@ class DialOut:
                         raise ProtocolError(f"stream {number} is one too many")
                     head = frames.request_head(payload)
                     stream = streams[number] = Stream(number, send)
-                    task = asyncio.create_task(self._answer(stream, head), name=f"dialled {head.method} {head.target}")
+                    task = asyncio.create_task(self._answer(stream, head), name="dialled request")
                     self._answering.add(task)
                     task.add_done_callback(self._answering.discard)
                     task.add_done_callback(lambda _, number=number: streams.pop(number, None))  # type: ignore[misc]
@@ -168,7 +168,7 @@ class DialOut:
         try:
             await self._app(scope_of(head), exchange.receive, exchange.send)
         except Exception:  # as a server would: the request ends here, whatever it was
-            log.exception("%s %s failed", head.method, head.target)
+            log.exception("a dialled request failed")
         finally:
             self._streams -= 1
         if not exchange.is_complete:

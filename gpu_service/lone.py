@@ -48,6 +48,7 @@ class LoneRelay:
         env = {
             **dict.fromkeys(("RELAY_ADMIN_KEY", "RELAY_ENROL_TOKEN", "RELAY_DATABASE_URL"), ""),  # of another relay
             "RELAY_HOST": "127.0.0.1",
+            "RELAY_LOG_FORMAT": "text",  # a person opens it
             "RELAY_PORT": str(PORT) if _is_free(PORT) else "0",
             "RELAY_DATA_DIR": str(self._folder),
             "RELAY_ALLOW_LOOPBACK_GPUS": "1",

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import psutil
 
+import logs
 from gpu_service import places
 from gpu_service import tunnel as tunnels
 from gpu_service.lone import LoneRelay, RelayDied, build_page
@@ -194,7 +195,7 @@ def _log_to(path: Path) -> Iterator[None]:
     """The cell shows the status; the log is for when that is not enough."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logger, handler = logging.getLogger("gpu_service"), logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(logs.PlainText((RuntimeError,)))  # for a person, who opens it
     logger.addHandler(handler)
     propagates, logger.propagate = logger.propagate, False
     logger.setLevel(logging.INFO)

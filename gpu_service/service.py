@@ -19,6 +19,7 @@ from pathlib import Path
 import uvicorn
 from huggingface_hub.utils import disable_progress_bars
 
+import logs
 import wire
 from gpu_service import device as devices
 from gpu_service import tunnel as tunnels
@@ -121,6 +122,7 @@ class Service:
     async def run(self) -> None:
         """Until cancelled; then answers under way are ended, and nothing is left running. Raises BadSetting."""
         settings = self._settings
+        asyncio.get_running_loop().set_exception_handler(logs.loop_failed)
         disable_progress_bars()  # neither a log nor a notebook's cell is the place
         one_tokenizing_thread()
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ class Service:
             )
             server = Server(
                 uvicorn.Config(
-                    app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, lifespan="off"
+                    app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, lifespan="off"
                 )
             )
             answering = asyncio.create_task(server.serve(sockets=[self._listener]))

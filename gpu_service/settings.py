@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import logs
 import wire
 
 TABLE: dict[str, str] = {
@@ -28,6 +29,8 @@ TABLE: dict[str, str] = {
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
     "GPU_MODELS_DIR": "Where models from the hub are kept, such as a mounted drive; not set: in `HF_HOME`.",
+    "GPU_LOG_LEVEL": "`debug`, `info` (a line for each request), `warning` or `error`.",
+    "GPU_LOG_FORMAT": "`json`: an object a line; `text`; `auto`: text on a terminal, else JSON.",
     "HF_TOKEN": "Hugging Face token, for models that ask for one.",
 }
 
@@ -62,6 +65,8 @@ class Settings:
     quantize: wire.Quantize = "none"
     hf_token: str | None = None
     models_dir: Path | None = None
+    log_level: logs.Level = "info"
+    log_format: logs.Format = "auto"
 
     max_body_bytes: int = 8 * 2**20
     max_waiting: int = 256  # generations under way or waiting; past it 429
@@ -132,6 +137,8 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
         precision=one_of("GPU_PRECISION", "fp32", "bf16", "fp16"),
         quantize=one_of("GPU_QUANTIZE", *QUANTIZE) or "none",
         hf_token=text("HF_TOKEN"),
+        log_level=one_of("GPU_LOG_LEVEL", *logs.LEVELS) or "info",
+        log_format=one_of("GPU_LOG_FORMAT", *logs.FORMATS) or "auto",
         models_dir=Path(models_dir) if (models_dir := text("GPU_MODELS_DIR")) else None,
     )
 

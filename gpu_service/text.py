@@ -212,6 +212,15 @@ class _Group:
         return ended, failed
 
 
+@dataclass(frozen=True)
+class Vitals:
+    """How the engine stood after its last step; for other threads to read."""
+
+    rows: int = 0  # answers under way
+    waiting: int = 0  # requests that wait for memory
+    held_bytes: int = 0
+
+
 class Engine:
     def __init__(self, budget_bytes: int, chunk_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         """`budget_bytes` is for keys and values; a prompt is read `chunk_tokens` a step."""
@@ -220,6 +229,8 @@ class Engine:
         self._reuse = Reuse()
         self._readers: list[_Reader] = []
         self._groups: dict[Hashable, _Group] = {}
+        self.vitals = Vitals()
+        self._n_read = self._n_written = 0  # tokens since they were taken
 
     def __len__(self) -> int:
         """Requests that wait, read or write."""
@@ -238,6 +249,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """It must fit the budget by itself."""
         self._admission.ask(request, request.caller, self.needs_bytes(request))
+
+    def take_counts(self) -> tuple[int, int]:
+        """Tokens read and written since the last time."""
+        taken = self._n_read, self._n_written
+        self._n_read = self._n_written = 0
+        rows = sum(len(group.rows) for group in self._groups.values())
+        self.vitals = Vitals(rows, len(self._admission), self._admission.held_bytes)
+        return taken
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -284,7 +303,9 @@ class Engine:
     def _read(self, reader: _Reader) -> None:
         request = reader.request
         try:
+            before = reader.cache.length
             logits = reader.read(self._chunk_tokens)
+            self._n_read += reader.cache.length - before
             if logits is None:
                 self._readers.append(self._readers.pop(0))  # the next chunk is another's turn
                 return
@@ -302,6 +323,7 @@ class Engine:
             group = self._groups[request.group]
             for index in range(request.n):
                 group.rows[group.pool.join(reader.cache)] = _Row(request, index, reader.cached_tokens)
+                self._n_written += 1
             joined = [slot for slot, row in group.rows.items() if row.request is request]
             ended = [slot for slot in joined if group.rows[slot].write(group.rows[slot].sampler.draw(logits))]
             for slot in ended:
@@ -317,6 +339,7 @@ class Engine:
 
     def _decode(self, key: Hashable, group: _Group) -> None:
         try:
+            self._n_written += len(group.rows)
             ended, failed = group.step()
             for slot in ended:
                 self._leave(key, group, slot, keep=True)

@@ -5,6 +5,7 @@ service talks to it by posting closures and reading streams. It knows nothing of
 """
 
 import asyncio
+import contextvars
 import logging
 import queue
 import threading
@@ -25,6 +26,7 @@ from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
 from gpu_service.device import Device, translate
 from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
+from gpu_service.metrics import Metrics
 from gpu_service.models import Base, Models
 from gpu_service.rows import Dials, Rows
 from gpu_service.sampling import Sampling
@@ -112,6 +114,7 @@ class Training:
     ) -> None:
         self.job, self.stream, self.start, self.wanted = job, stream, start, wanted
         self.steps: Iterator[Report] | None = None
+        self.step_s, self.tokens = 0.0, None if start else 0  # since the last optimizer step; counted so far
         self._random: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     @contextmanager
@@ -136,6 +139,7 @@ class Worker:
         budget_bytes = int(settings.kv_share * max(device.free_bytes() - models.weights_bytes(), 0))  # they come later
         chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
+        self.metrics = self._measured()
         self._trainings: list[Training] = []
         self._served: dict[str, Served] = {}
         self._speeds: dict[str, float] = {}  # flops a second, by model
@@ -224,7 +228,20 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def _post(self, work: Callable[[], None]) -> None:
-        self._inbox.put(work)
+        context = contextvars.copy_context()  # what goes wrong there is logged under the request's id
+        self._inbox.put(lambda: context.run(work))
+
+    def _measured(self) -> Metrics:
+        metrics, text = Metrics(), self._text
+        metrics.ask("active_requests", "Generations accepted and not ended.", lambda: self._active)
+        metrics.ask("waiting", "Of those, the ones that wait for memory.", lambda: text.vitals.waiting)
+        metrics.ask("rows", "Answers that are written in the same step.", lambda: text.vitals.rows)
+        metrics.ask("kv_held_bytes", "Set aside for keys and values.", lambda: text.vitals.held_bytes)
+        metrics.ask("kv_budget_bytes", "What there is for keys and values.", lambda: text.budget_bytes)
+        metrics.ask("trainings", "Training runs on the device.", lambda: len(self._trainings))
+        metrics.ask("device_free_bytes", "Memory that is free.", self._device.free_bytes)
+        metrics.ask("device_memory_bytes", "Memory that there is.", lambda: self._device.wire().memory_bytes)
+        return metrics
 
     # --- the device thread -------------------------------------------------------------------------------------------
 
@@ -239,7 +256,9 @@ class Worker:
                 self._text_step()
             else:
                 self._slice(self._trainings[0])
-            self._scheduler.ran(kind, time.perf_counter() - start)
+            took_s = time.perf_counter() - start
+            self._scheduler.ran(kind, took_s)
+            self.metrics.ran(kind, took_s)
         stopping = Stopping("This gpu is stopping.")
         self._text.fail_all(stopping)
         for training in self._trainings:
@@ -251,6 +270,9 @@ class Worker:
         except Exception as exc:  # the thread serves everybody: it must outlive what went wrong between the rows
             log.exception("a step failed")
             self._text.fail_all(translate(exc))
+        n_read, n_written = self._text.take_counts()
+        self.metrics.read.inc(n_read)
+        self.metrics.written.inc(n_written)
 
     def _read_inbox(self, *, wait: bool) -> None:
         try:
@@ -295,6 +317,7 @@ class Worker:
 
     def _slice(self, training: Training) -> None:
         item: Report | BaseException
+        began = time.perf_counter()
         try:
             if training.stream.closed:
                 raise StopIteration
@@ -308,6 +331,7 @@ class Worker:
                     )
                     training.start = None  # it has been copied
                 item = next(training.steps)
+            self._count(training, item, time.perf_counter() - began)
         except StopIteration:
             self._trainings.remove(training)
             return
@@ -316,6 +340,17 @@ class Worker:
             self._trainings.remove(training)
             item = translate(exc)
         training.stream.send(item)
+
+    def _count(self, training: Training, item: Report, took_s: float) -> None:
+        training.step_s += took_s
+        if not isinstance(item, train.Progress):
+            return
+        if training.tokens is not None:  # else it went on from a checkpoint, and this is where it stands
+            self.metrics.trained.inc(max(0, item.tokens - training.tokens))
+        training.tokens = item.tokens
+        if item.train_loss is not None:
+            self.metrics.train_step.observe(training.step_s)
+            training.step_s = 0.0
 
     def _serve(self, base: Base) -> Served:
         source = base.source

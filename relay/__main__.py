@@ -21,6 +21,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
 import frames
+import logs
 from relay import backup, errors, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
@@ -67,9 +68,9 @@ class _Server(uvicorn.Server):
 
 
 def serve(config: Settings) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.configure(
+        config.log_level, config.log_format, ("relay",), told=(sqlite3.OperationalError, sqlite3.DatabaseError)
+    )
     try:
         listener = _listen(config)
     except OSError as exc:

@@ -19,6 +19,7 @@ from relay.dispatcher import Dispatcher
 from relay.enrol_tokens import EnrolTokens
 from relay.gpus import Gpus
 from relay.leases import Leases
+from relay.metrics import Metrics
 from relay.models import Models
 from relay.settings import Settings
 from relay.store import Clock
@@ -40,6 +41,7 @@ class GpuApi:
     settings: Settings
     clock: Clock
     dialout: DialOut
+    metrics: Metrics
 
     async def dialled(self, websocket: WebSocket) -> wire.SignedBy:
         """Raises BadSignature, UnknownGpu."""
@@ -51,7 +53,9 @@ class GpuApi:
         target = request.scope["raw_path"].decode("ascii")
         if request.url.query:
             target += "?" + request.scope["query_string"].decode("ascii")
-        return await self.gpus.verify(request.method, target, request.headers)
+        by, sha256 = await self.gpus.verify(request.method, target, request.headers)
+        request.state.gpu_id = by.gpu_id
+        return by, sha256
 
     async def message(self, request: Request, model: type[M]) -> tuple[wire.SignedBy, M]:
         """Raises BadSignature, UnknownGpu, TooLarge, InvalidRequest."""
@@ -179,7 +183,9 @@ def router(api: GpuApi) -> APIRouter:
     @routes.post("/jobs/{job_id}/checkpoints")
     async def checkpoint(job_id: str, request: Request) -> JSONResponse:
         by, said = await api.message(request, wire.CheckpointStored)
-        return JSONResponse({"kept": await api.checkpoints.store(by, job_id, said)})
+        kept = await api.checkpoints.store(by, job_id, said)
+        api.metrics.checkpoints.inc()
+        return JSONResponse({"kept": kept})
 
     @routes.post("/jobs/{job_id}/release")
     async def release(job_id: str, request: Request) -> JSONResponse:

@@ -103,6 +103,7 @@ class UiApi:
     async def user(self, request: Request, scope: Scope | None = None) -> User:
         """Raises InvalidKey, Forbidden, MissingScope."""
         user = await self.sessions.caller(request.headers, secure=request.url.scheme == "https")
+        request.state.user_id = user.id
         if scope:
             user.need(scope)
         return user

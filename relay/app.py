@@ -6,7 +6,6 @@ Importing it does nothing; the database, the blobs and the connections open with
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 
@@ -16,8 +15,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import logs
 import wire
 from relay import api_admin, api_gpu, api_openai, api_ops, api_ui, errors
 from relay.accounts import KEY_PREFIX, Accounts
@@ -36,6 +35,7 @@ from relay.health import Health
 from relay.jobs import Jobs
 from relay.leases import Leases
 from relay.limits import Limits
+from relay.metrics import Metrics
 from relay.models import Models
 from relay.page import Page
 from relay.passwords import Passwords
@@ -46,6 +46,7 @@ from relay.settings import Settings, secret
 from relay.store import Clock, Store
 from relay.sweep import keep_sweeping
 from relay.transport import ByTunnel, TunnelTransport
+from relay.vitals import Vitals
 from relay.waiting import Waiting
 
 log = logging.getLogger("relay.app")
@@ -73,7 +74,7 @@ def prepare(settings: Settings) -> tuple[str, str]:
 
 def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     """`app.state.dispatcher.stop()` ends what would last: held heartbeats and streams."""
-    stopping = asyncio.Event()
+    stopping, metrics = asyncio.Event(), Metrics()
     store = Store(settings.database)
     blobs = Blobs(settings.data_dir / "blobs", settings.min_free_bytes)
     transport = TunnelTransport(allow_loopback=settings.allow_loopback_gpus)
@@ -89,16 +90,19 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     checkpoints = Checkpoints(store, blobs, leases, settings, clock)
     files = Files(store, blobs, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
-    dispatcher = Dispatcher(leases, gpus, stopping)
-    proxy = Proxy(gpus, client, stopping)
+    dispatcher = Dispatcher(leases, gpus, stopping, metrics)
+    proxy = Proxy(gpus, client, stopping, metrics)
     passwords = Passwords(store, accounts, clock)
     sessions, limits = Sessions(store, accounts, clock), Limits(clock)
-    generations = Generations(proxy, gpus)
-    waiting = Waiting(proxy, gpus)
+    generations = Generations(proxy, gpus, metrics)
+    waiting = Waiting(proxy, gpus, metrics)
+    lines = {"api": waiting.n_waiting, "page": generations.n_waiting}
+    vitals = Vitals(metrics, store, blobs, gpus, settings, lines)
     page = Page(settings.page_dir)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(logs.loop_failed)
         admin_key, enrol_token = prepare(settings)
         async with contextlib.AsyncExitStack() as closing:
             await store.open()
@@ -125,6 +129,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             forgetting = asyncio.create_task(audit.keep_sweeping())
             closing.push_async_callback(lambda: asyncio.wait({forgetting}))
             closing.callback(forgetting.cancel)
+            lagging = asyncio.create_task(metrics.watch_loop())
+            closing.push_async_callback(lambda: asyncio.wait({lagging}))
+            closing.callback(lagging.cancel)
             loop = asyncio.create_task(dispatcher.run())
             closing.push_async_callback(lambda: loop)
             closing.callback(dispatcher.stop)
@@ -133,6 +140,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app = FastAPI(title="I'm Fine relay", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.dispatcher = dispatcher
     app.state.page = page
+    app.state.metrics = metrics
     app.include_router(
         api_openai.router(
             api_openai.OpenAIApi(
@@ -142,7 +150,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     )
     app.include_router(
         api_gpu.router(
-            api_gpu.GpuApi(enrol_tokens, gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout)
+            api_gpu.GpuApi(
+                enrol_tokens, gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout, metrics
+            )
         )
     )
     ui = api_ui.UiApi(
@@ -165,16 +175,25 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     )
     app.include_router(api_ui.router(ui))
     app.include_router(api_admin.router(ui))
-    app.include_router(api_ops.router(api_ops.OpsApi(Health(store, settings, stopping))))
+    app.include_router(api_ops.router(api_ops.OpsApi(Health(store, settings, stopping), vitals, sessions, settings)))
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_exception_handler(HTTPException, _render_http)
-    app.add_middleware(RequestLine)
+    app.add_middleware(
+        logs.RequestLine,
+        log=log,
+        watch=metrics,
+        fault=_fault,
+        left=(ClientDisconnect,),
+        headers=HEADERS,
+        by_https=BY_HTTPS,
+    )
     return app
 
 
 def _render(request: Request, exc: Exception) -> JSONResponse:
     assert isinstance(exc, errors.RelayError)
+    request.app.state.metrics.refused(exc.code)
     return JSONResponse(exc.body(), exc.status, headers=dict(exc.headers))
 
 
@@ -201,49 +220,6 @@ def _render_http(request: Request, exc: Exception) -> Response:
     return JSONResponse(body, exc.status_code, headers=dict(exc.headers or {}))
 
 
-class RequestLine:
-    """Every request gets an id and one line in the log: no query, no body, no key. Faults of ours become a 500 here.
-
-    Plain ASGI: a wrapper that reads requests or responses would hide a caller's leaving from streams.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, status = time.monotonic(), 0
-        request_id = f"req-{secrets.token_hex(8)}"
-        path = scope["raw_path"].decode("ascii", "replace")[:200]  # still escaped: it can't forge a line of the log
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-
-        async def send_named(message: Message) -> None:
-            nonlocal status, request_id
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                given = {name.lower() for name, _ in message.get("headers", ())}
-                own = [(b"x-request-id", request_id.encode()), *HEADERS]
-                own += BY_HTTPS if scope["scheme"] == "https" else ()
-                left = state.get("headers", ())  # of the caller's limits, where there are any
-                message = {
-                    **message,
-                    "headers": [*message.get("headers", ()), *(h for h in own if h[0] not in given), *left],
-                }
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_named)
-        except ClientDisconnect:
-            pass  # in the middle of its own body: nobody is left to answer
-        except Exception:
-            log.exception("%s failed", request_id)
-            if not status:
-                fault = errors.RelayError(f"the relay has a fault; its log says more about {request_id}")
-                await JSONResponse(fault.body(), fault.status)(scope, receive, send_named)
-        finally:
-            took_ms = 1000 * (time.monotonic() - began)
-            # Without a status nothing was sent: the caller left first.
-            log.info("%s %s %s %.0f ms %s", scope["method"], path, status or "-", took_ms, request_id)
+def _fault(request_id: str) -> Response:
+    fault = errors.RelayError(f"the relay has a fault; its log says more about {request_id}")
+    return JSONResponse(fault.body(), fault.status)

@@ -147,6 +147,16 @@ class Blobs:
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.path(sha256))
 
+    def total_bytes(self) -> int:
+        """Of all of them; walks the disk."""
+        total = 0
+        for folder in self._root.glob("??"):
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
+                for entry in found:
+                    with contextlib.suppress(FileNotFoundError):
+                        total += entry.stat().st_size
+        return total
+
     def older_than(self, at: float) -> list[str]:
         """By when they were stored or touched last, in unix seconds."""
         return [path.name for path in self._root.glob("??/*") if _mtime(path) < at]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import wire
 from relay.gpus import Gpus
 from relay.leases import Leases
+from relay.metrics import Metrics
 
 log = logging.getLogger("relay.dispatcher")
 
@@ -21,10 +22,11 @@ ROUND_S = 1.0  # without a bell; also how long a command by another process goes
 class Dispatcher:
     """`stopping` ends the loop and every held heartbeat."""
 
-    def __init__(self, leases: Leases, gpus: Gpus, stopping: asyncio.Event) -> None:
+    def __init__(self, leases: Leases, gpus: Gpus, stopping: asyncio.Event, metrics: Metrics) -> None:
         self._leases = leases
         self._gpus = gpus
         self._stopping = stopping
+        self._metrics = metrics
         self._work = asyncio.Event()
         self._bells: dict[str, set[asyncio.Event]] = {}  # of the heartbeats that are held, by gpu id
 
@@ -55,7 +57,8 @@ class Dispatcher:
 
     async def _round(self) -> None:
         await self._gpus.prove()
-        if await self._leases.expire():
+        if lost := await self._leases.expire():
+            self._metrics.leases_lost.inc(lost)
             log.warning("leases were over; their jobs wait again")
         while not self._stopping.is_set() and (match := await self._leases.next_match()):
             fence = await self._leases.claim(match)

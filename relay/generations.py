@@ -10,11 +10,13 @@ import itertools
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from relay import errors
 from relay.gpus import Gpus
+from relay.metrics import Metrics
 from relay.proxy import BUSY, Ask, Opened, Proxy
 from relay.transport import Endpoint
 
@@ -103,9 +105,10 @@ class Line:
 
 
 class Generations:
-    def __init__(self, proxy: Proxy, gpus: Gpus, keep_s: float = KEEP_S) -> None:
+    def __init__(self, proxy: Proxy, gpus: Gpus, metrics: Metrics, keep_s: float = KEEP_S) -> None:
         self._proxy = proxy
         self._gpus = gpus
+        self._metrics = metrics
         self._keep_s = keep_s
         self._all: dict[str, Generation] = {}
         self._lines: dict[str, Line] = {}
@@ -121,6 +124,9 @@ class Generations:
         generation.task = asyncio.create_task(self._run(generation, ask), name=generation.id)
         self._forget_later(generation)  # for who leaves before reading anything
         return generation
+
+    def n_waiting(self) -> int:
+        return sum(len(line.waiting) for line in self._lines.values())
 
     def get(self, owner: str, generation_id: str) -> Generation:
         """Raises NotFound."""
@@ -177,7 +183,7 @@ class Generations:
 
     async def _opened(self, generation: Generation, ask: Ask) -> Opened:
         """A gpu's answer, however long that takes."""
-        line = self._lines.setdefault(ask.base_model, Line())
+        line, began = self._lines.setdefault(ask.base_model, Line()), time.monotonic()
         line.join(generation)
         try:
             while True:
@@ -194,6 +200,7 @@ class Generations:
                 generation.tell_place(place, line.reason)
                 await self._moved(line, generation, place)
         finally:
+            self._metrics.waited["page"].observe(time.monotonic() - began)
             line.leave(generation)
 
     async def _moved(self, line: Line, generation: Generation, place: int) -> None:

@@ -317,6 +317,16 @@ class Gpus:
             await db.execute(update(gpus).where(gpus.c.id == gpu_id).values(draining=on))
         self._roster.changed()
 
+    async def states(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How many of those alive are ready, unreachable and draining, and how many breakers are in which state."""
+        found = Counter(ready=0, unreachable=0, draining=0)
+        breakers = Counter({"closed": 0, "open": 0, "half-open": 0})
+        for gpu in await self._roster.alive():
+            reachable = self.reachable(gpu.to.gpu_id, gpu.to.epoch)
+            found["draining" if gpu.draining else "ready" if reachable else "unreachable"] += 1
+            breakers[self.breaker_state(gpu.to.gpu_id, gpu.to.epoch)] += 1
+        return dict(found), dict(breakers)
+
     async def any_alive(self, model: str) -> bool:
         """Whether a gpu with this base model is there, reachable or not."""
         return bool(await self._roster.offering(model))

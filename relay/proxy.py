@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import wire
 from relay import errors
 from relay.gpu_client import GpuAnswer, GpuClient
 from relay.gpus import Gpus
+from relay.metrics import Metrics
 from relay.streams import STREAM_HEADERS, Endings
 from relay.transport import Endpoint
 
@@ -28,7 +30,7 @@ TRIES = 2  # gpus asked before the first byte of an answer; from that byte on th
 STOP_GRACE_S = 1.0  # what is nearly done may end when the relay stops
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is no stream
 MAX_FRAME_BYTES = 8 * 2**20
-PASSED_DOWN = ("content-type", "x-request-id", "retry-after", "retry-after-ms", "x-should-retry")
+PASSED_DOWN = ("content-type", "retry-after", "retry-after-ms", "x-should-retry")
 BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
@@ -65,9 +67,10 @@ class _BrokeOff(errors.GpuUnreachable):
 
 
 class Proxy:
-    def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event) -> None:
+    def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event, metrics: Metrics) -> None:
         self._gpus = gpus
         self._client = client
+        self._metrics = metrics
         self.endings = Endings(stopping, STOP_GRACE_S)
 
     def forward(self, ask: Ask) -> Response:
@@ -99,7 +102,7 @@ class Proxy:
     async def _open(self, to: Endpoint, ask: Ask) -> Opened:
         with contextlib.ExitStack() as held:
             call = held.enter_context(self._gpus.busy(to))
-            headers = {**ask.headers, wire.HEADER_CALLER: ask.caller}
+            headers, asked = {**ask.headers, wire.HEADER_CALLER: ask.caller}, time.monotonic()
             answer = await call.wait(self._client.send(to, ask.method, ask.target, ask.body, headers))
             held.callback(answer.close)
             if answer.status >= 500 and answer.status not in BUSY:
@@ -109,6 +112,7 @@ class Proxy:
             if not first:
                 call.worked = False
                 raise errors.GpuUnreachable(f"gpu {to.name!r} closed the connection without an answer. Try again.")
+            self._metrics.first_byte.observe(time.monotonic() - asked)
             if answer.is_stream:
                 return Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
             # Whole before it starts, so that a gpu that dies halfway is a clean 503 and not half an object.

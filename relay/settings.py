@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import logs
+
 ROOT = Path(__file__).parent.parent
 MIN_SECRET_CHARS = 16
 TUNNEL_SUFFIXES = (
@@ -34,6 +36,9 @@ class Settings:
     database_url: str = ""  # empty: SQLite in the data folder
     admin_key: str | None = None
     enrol_token: str | None = None
+    metrics_token: str | None = None  # None: the admin's key alone reads /metrics
+    log_level: logs.Level = "info"
+    log_format: logs.Format = "auto"
     allow_loopback_gpus: bool = False
     gpu_host_suffixes: tuple[str, ...] = TUNNEL_SUFFIXES
     heartbeat_s: float = 10.0
@@ -114,6 +119,15 @@ def _suffixes(value: str) -> tuple[str, ...]:
     return suffixes
 
 
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value.lower() not in choices:
+            raise ValueError(f"use {', '.join(choices)}")
+        return value.lower()
+
+    return read
+
+
 @dataclass(frozen=True)
 class Setting:
     name: str
@@ -133,6 +147,27 @@ SETTINGS = (
     Setting("RELAY_ADMIN_KEY", "admin_key", "made on first start, in admin.key", "API key of the user admin.", _secret),
     Setting(
         "RELAY_ENROL_TOKEN", "enrol_token", "made on first start, in enrol.token", "What a gpu enrols with.", _secret
+    ),
+    Setting(
+        "RELAY_METRICS_TOKEN",
+        "metrics_token",
+        "none: the admin's key alone",
+        "Reads `/metrics`, and nothing else.",
+        _secret,
+    ),
+    Setting(
+        "RELAY_LOG_LEVEL",
+        "log_level",
+        "info",
+        "`debug`, `info` (a line for each request), `warning` or `error`.",
+        _one_of(logs.LEVELS),
+    ),
+    Setting(
+        "RELAY_LOG_FORMAT",
+        "log_format",
+        "auto",
+        "`json`: an object a line; `text`; `auto`: text on a terminal, else JSON.",
+        _one_of(logs.FORMATS),
     ),
     Setting(
         "RELAY_ALLOW_LOOPBACK_GPUS",

@@ -3,7 +3,7 @@
 Times are unix seconds on the relay's clock. Everything that a user makes carries its owner.
 """
 
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from sqlalchemy import (
     JSON,
@@ -175,6 +175,7 @@ files = Table(
 # A lease (gpu_id, gpu_epoch, lease_until, leased_at) exists in LEASED states and in no other.
 # Checkpoints exist while it is OPEN.
 Status = Literal["queued", "leased", "running", "finalizing", "paused", "succeeded", "failed", "cancelled"]
+STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 LEASED: Final[tuple[Status, ...]] = ("leased", "running", "finalizing")
 OPEN: Final[tuple[Status, ...]] = ("queued", *LEASED, "paused")
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from relay import errors
 from relay.gpus import Gpus
+from relay.metrics import Metrics
 from relay.proxy import BUSY, Ask, Opened, Proxy
 from relay.streams import IDLE_S, Endings
 
@@ -82,12 +84,19 @@ class Line:
     def is_empty(self) -> bool:
         return not self._waiting
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
 
 class Waiting:
-    def __init__(self, proxy: Proxy, gpus: Gpus) -> None:
+    def __init__(self, proxy: Proxy, gpus: Gpus, metrics: Metrics) -> None:
         self._proxy = proxy
         self._gpus = gpus
+        self._metrics = metrics
         self._lines: dict[str, Line] = {}
+
+    def n_waiting(self) -> int:
+        return sum(map(len, self._lines.values()))
 
     def forward(self, ask: Ask, wait_s: float) -> Response:
         """A response that waits when it is sent. Raises TooMany and Unavailable then, before anything went out."""
@@ -99,7 +108,7 @@ class Waiting:
 
     async def opened(self, ask: Ask, wait_s: float, joined: Callable[[], Awaitable[None]]) -> Opened:
         """An answer, after `joined` once it stands in line. Raises TooMany, and Unavailable after `wait_s`."""
-        line = self._lines.setdefault(ask.base_model, Line())
+        line, began = self._lines.setdefault(ask.base_model, Line()), time.monotonic()
         try:
             place = line.join(ask.caller)
             try:
@@ -109,6 +118,7 @@ class Waiting:
             finally:
                 line.leave(place)
         finally:
+            self._metrics.waited["api"].observe(time.monotonic() - began)
             if line.is_empty() and self._lines.get(ask.base_model) is line:
                 del self._lines[ask.base_model]
 

@@ -316,6 +316,41 @@ async def test_an_unknown_path_is_404_in_the_same_shape(gpu: Gpu) -> None:
     assert (await error(response))["code"] == "not_found"
 
 
+async def test_metrics_count_tokens_rows_and_requests_and_open_with_the_key_alone(gpu: Gpu) -> None:
+    async with httpx2.AsyncClient(base_url=gpu.url) as stranger:
+        assert (await stranger.get("/metrics")).status_code == 401
+
+    async def numbers() -> dict[str, float]:
+        text = (await gpu.http.get("/metrics")).raise_for_status().text
+        lines = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
+    before = await numbers()
+    usage = (await gpu.http.post("/v1/chat/completions", json=CHAT)).json()["usage"]
+    refused = await gpu.http.post("/v1/chat/completions", json={**CHAT, "model": "a-name-of-the-callers"})
+    assert refused.status_code == 404
+    found = await numbers()
+    more = {name: value - before.get(name, 0) for name, value in found.items()}
+    assert more['gpu_tokens_total{what="written"}'] == usage["completion_tokens"]
+    assert (
+        more['gpu_tokens_total{what="read"}']
+        == usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    )
+    assert more['gpu_device_seconds_count{kind="text"}'] >= usage["completion_tokens"] - 1
+    assert more['gpu_requests_total{method="POST",route="/v1/chat/completions",status="2xx"}'] == 1
+    assert more['gpu_errors_total{code="model_not_found"}'] == 1
+    assert found["gpu_kv_budget_bytes"] > 0
+    assert found["gpu_device_memory_bytes"] >= found["gpu_device_free_bytes"] > 0
+    assert (found["gpu_rows"], found["gpu_active_requests"], found["gpu_kv_held_bytes"]) == (0, 0, 0)
+    assert not [name for name in found if TINY in name or "callers" in name]
+
+
+async def test_an_answer_has_the_callers_request_id_where_that_is_well_formed(gpu: Gpu) -> None:
+    for given, kept in [("req-of-the-relay-1", True), ("two words", False), ("x" * 65, False), ("sk-gpu-a-key", False)]:
+        answer = await gpu.http.get("/healthz", headers={"x-request-id": given})
+        assert (answer.headers["x-request-id"] == given) is kept, given
+
+
 class TestSignedRequests:
     """As the relay sends them."""
 

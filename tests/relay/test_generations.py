@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from relay import generations
+from relay.metrics import Metrics
 from tests.relay.conftest import Relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, cut, start_stream
 from tests.relay.test_jobs import create, metrics
@@ -169,7 +170,7 @@ async def test_stopping_frees_the_gpu_at_once(relay: Relay, gpu: DoubleGpu) -> N
 async def test_a_reader_who_does_not_come_back_lets_the_gpu_go(
     relay: Relay, gpu: DoubleGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = generations.Generations(None, None, keep_s=0.05)  # type: ignore[arg-type]
+    lines = generations.Generations(None, None, Metrics(), keep_s=0.05)  # type: ignore[arg-type]
     generation = generations.Generation("user")
     lines._all[generation.id] = generation
     generation.task = asyncio.create_task(asyncio.sleep(60))
