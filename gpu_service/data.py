@@ -24,6 +24,7 @@ from gpu_service.artifacts import atomic_file, file_ref
 from gpu_service.errors import BadDataset, BadRequest
 
 FORMAT = 1  # of the files on disk; raised when tokens or masks come out differently
+CONTENT_TOKENS = 2**20  # hashed at a time
 FILES = ("tokens", "learn", "offsets")  # int32 and bool by token, int64 by row; this machine's own byte order
 
 
@@ -242,6 +243,13 @@ class TokenStore:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens by row."""
         return np.diff(self._offsets)
+
+    def content(self) -> str:
+        """Hash of the rows' tokens; labels don't count."""
+        digest = hashlib.sha256(self._offsets.tobytes())
+        for at in range(0, len(self._tokens), CONTENT_TOKENS):
+            digest.update(self._tokens[at : at + CONTENT_TOKENS].tobytes())
+        return digest.hexdigest()
 
     def batch(self, rows: Sequence[int], pad_id: int) -> Batch:
         """These rows, in this order; T is the longest of them."""

@@ -279,6 +279,17 @@ def as_held(family: wire.Family, name: str, tensor: Tensor) -> Iterator[tuple[st
         yield name, tensor
 
 
+def held_names(family: wire.Family, name: str) -> set[str]:
+    """The names of `as_held`, without the tensor."""
+    if family != "gpt2":
+        return {name}
+    name = name.removeprefix("transformer.")
+    found = CONV1D.match(name)
+    if found and found[1] == "attn.c_attn":
+        return {f"{name.removesuffix(f'.{found[2]}')}.{part}.{found[2]}" for part in "qkv"}
+    return {name}
+
+
 def _fingerprint(folder: Path, files: list[Path]) -> str:
     """Hash of the config, and of each weight file's size, first and last MiB: whole files would take minutes."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -301,31 +312,38 @@ def _stop_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(i for i in flat if i is not None)
 
 
-def read_base(source: Source, device: Device, quantize: wire.Quantize = "none") -> Base:
+def read_base(
+    source: Source,
+    device: Device,
+    quantize: wire.Quantize = "none",
+    only: Callable[[TensorInfo], bool] = lambda _: True,
+) -> Base:
     """The checkpoint's tensors by name, on the device and in its precision; each is packed as soon as it is read.
 
-    Raises ModelUnreadable.
+    `only`: those that are wanted; no other is read. Raises ModelUnreadable.
     """
     weights: dict[str, Tensor] = {}
     quantized: dict[str, Quantized] = {}
     packed = {t.name for t in source.tensors if t.quantisable}
-    for name, tensor in _tensors(source, device):
+    wanted = {t.name for t in source.tensors if only(t)}
+    for name, tensor in _tensors(source, device, wanted):
         if quantize != "none" and name in packed:
             quantized[name] = Quantized(tensor, quantize)
-        elif name in source.shapes:
+        else:
             weights[name] = tensor
     assert all(torch.is_floating_point(w) for w in weights.values())
     return Base(source, weights, quantize, quantized)
 
 
-def _tensors(source: Source, device: Device) -> Iterator[tuple[str, Tensor]]:
+def _tensors(source: Source, device: Device, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
     try:
         for file in _weight_files(source.folder):
             with safe_open(file, framework="pt", device=str(device.torch)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
-                    if not IGNORED_TENSORS.search(name):
-                        tensor = tensors.get_tensor(name).to(device.precision.dtype)
-                        yield from as_held(source.family, name, tensor)
+                    if IGNORED_TENSORS.search(name) or wanted.isdisjoint(held_names(source.family, name)):
+                        continue
+                    tensor = tensors.get_tensor(name).to(device.precision.dtype)
+                    yield from ((held, part) for held, part in as_held(source.family, name, tensor) if held in wanted)
     except (OSError, SafetensorError, UnsupportedModel) as exc:
         raise ModelUnreadable(
             f"The weights of {source.id} can't be read from {source.folder} ({exc}): see that the drive is mounted and "

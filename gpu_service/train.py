@@ -24,6 +24,7 @@ from gpu_service.layers import Selection
 from gpu_service.lora import Lora
 from gpu_service.models import Base, Source
 from gpu_service.plan import Plan
+from gpu_service.prefix import Prefixes
 from gpu_service.rows import Rows
 
 LOSS_CHUNK_TOKENS = 1024  # labelled tokens whose logits are held at once: (1024, 49152) fp32 is 200 MB
@@ -87,6 +88,7 @@ def run(
     decoder: Decoder,
     device: Device,
     *,
+    prefix: Prefixes = Prefixes(),  # noqa: B008
     start: State | None = None,
     wanted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress | State | Trained]:
@@ -124,8 +126,10 @@ def run(
         if job.validation and validations < epoch:
             total_loss = 0.0
             for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
+                below = prefix.validation.hidden(micro) if prefix.validation else None
                 with torch.no_grad():
-                    loss = summed_loss(decoder, rows, job.validation.batch(micro, pad_id=0), lowest, device)
+                    batch = job.validation.batch(micro, pad_id=0)
+                    loss = summed_loss(decoder, rows, batch, lowest, device, below=below)
                 total_loss += loss.item() / job.validation.report.learned_tokens
                 yield Progress(step, tokens)
                 if wanted():
@@ -141,12 +145,14 @@ def run(
         if index_in_epoch == 0 or not order:
             order = epoch_order(len(store), job.seed, epoch)
         batch_rows = order[index_in_epoch * plan.batch_rows :][: plan.batch_rows]
-        batches = [store.batch(rows_of_slice, pad_id=0) for rows_of_slice in _cut(batch_rows, plan.micro_rows)]
+        micros = _cut(batch_rows, plan.micro_rows)
+        batches = [store.batch(micro, pad_id=0) for micro in micros]
         # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
         learned = sum(int(batch.learn.sum()) for batch in batches)
         total_loss = 0.0
         for index, batch in enumerate(batches):
-            loss = summed_loss(decoder, rows, batch, lowest, device) / learned
+            below = prefix.training.hidden(micros[index]) if prefix.training else None
+            loss = summed_loss(decoder, rows, batch, lowest, device, below=below) / learned
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total_loss += loss.item()
             tokens += int(batch.lengths.sum())
@@ -269,21 +275,29 @@ def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Te
 
 
 def summed_loss(
-    decoder: Decoder, rows: Rows, batch: Batch, lowest: int, device: Device, *, chunk_tokens: int = LOSS_CHUNK_TOKENS
+    decoder: Decoder,
+    rows: Rows,
+    batch: Batch,
+    lowest: int,
+    device: Device,
+    *,
+    below: Tensor | None = None,
+    chunk_tokens: int = LOSS_CHUNK_TOKENS,
 ) -> Tensor:
     """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
 
-    Below `lowest` nothing is trained, so nothing is kept for the backward pass. The logits of at most `chunk_tokens`
-    labels are held at once.
+    Below `lowest` nothing is trained, so nothing is kept for the backward pass; `below` is what comes out there, (B, T,
+    D), where it is known. The logits of at most `chunk_tokens` labels are held at once.
     """
     ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
     n_layers = decoder.n_layers
     attention = Whole(ids.shape[1], ids.device, decoder.attention_dropout if rows.dropout else 0.0)
-    with torch.set_grad_enabled(lowest == 0 and torch.is_grad_enabled()):
-        h = decoder.embed(ids, rows, attention)
-    with torch.no_grad():
-        h = decoder.layers(h, 0, lowest, rows, attention) if lowest else h
-    h = decoder.layers(h, lowest, n_layers, rows, attention)
+    if below is None:
+        with torch.set_grad_enabled(lowest == 0 and torch.is_grad_enabled()):
+            below = decoder.embed(ids, rows, attention)
+        with torch.no_grad():
+            below = decoder.layers(below, 0, lowest, rows, attention) if lowest else below
+    h = decoder.layers(below, lowest, n_layers, rows, attention)
     # The hidden state at t predicts the token at t + 1; only positions with a label reach the head.
     labelled = learn[:, 1:]
     h, labels = decoder.final_norm(h, rows)[:, :-1][labelled], ids[:, 1:][labelled]  # (N, D), (N,)
