@@ -1,4 +1,7 @@
-"""How the database's times grow with gpus and jobs, measured through the relay's own classes on SQLite in a file."""
+"""How the database's times grow with gpus and jobs, measured through the relay's own classes on SQLite in a file.
+
+Every job that succeeded has a model, so that what is removed is one of as many.
+"""
 
 import asyncio
 import statistics
@@ -16,9 +19,10 @@ from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs
 from relay.leases import Leases
+from relay.models import Models
 from relay.settings import Settings
 from relay.store import Store
-from relay.tables import base_models, gpus, jobs, offers, users
+from relay.tables import base_models, blob_refs, gpus, jobs, models, offers, users
 from relay.transport import TunnelTransport
 
 N_MODELS, N_USERS = 10, 50
@@ -51,7 +55,7 @@ async def _fill(store: Store, n_gpus: int, n_jobs: int, now: float) -> None:
             "families": ["llama"],
             "free_bytes": 2**34,
             "enrolled_at": now,
-            "last_seen_at": now,
+            "last_seen_at": now + 3600,  # throughout, however long this takes
         }
         for g in range(n_gpus)
     ]
@@ -72,9 +76,30 @@ async def _fill(store: Store, n_gpus: int, n_jobs: int, now: float) -> None:
         }
         for j in range(n_jobs)
     ]
+    tuned = [_tuned(job, number) for number, job in enumerate(work) if job["status"] == "succeeded"]
+    names = [
+        {"kind": "model", "holder": model["id"], "owner": model["owner"], "sha256": file["sha256"], "bytes": 1}
+        for model in tuned
+        for file in model["adapter"]["files"]
+    ]
     async with store.write() as db:
-        for table, rows in ((users, people), (base_models, bases), (gpus, machines), (offers, offered), (jobs, work)):
+        for table, rows in (
+            (users, people),
+            (base_models, bases),
+            (gpus, machines),
+            (offers, offered),
+            (jobs, work),
+            (models, tuned),
+            (blob_refs, names),
+        ):
             await db.execute(insert(table), rows)
+
+
+def _tuned(job: dict[str, Any], number: int) -> dict[str, Any]:
+    files = [{"name": f"adapter.{part}", "sha256": f"{part}{number:063}", "bytes": 1} for part in range(2)]
+    adapter = {"base_model": job["base_model"], "base_revision": "r", "files": files}
+    shared = {field: job[field] for field in ("owner", "base_model", "created_at")}
+    return {"id": f"ft:{number}", "job_id": job["id"], "adapter": adapter, **shared}
 
 
 async def _median_ms(do: Callable[[int], Awaitable[object]]) -> float:
@@ -119,7 +144,14 @@ async def _times_ms(folder: Path, n_gpus: int, n_jobs: int) -> dict[str, float]:
             assert await known.known()
             await listed.on_gpus()
 
+        tuned = Models(store, blobs, settings, clock, list)
+
+        async def remove_model(number: int) -> None:
+            which = 1 + number * QUEUED_EVERY  # a job that did not wait
+            await tuned.delete(f"user-{which % N_USERS}", f"ft:{which}")
+
         return {
+            "removal": await _median_ms(remove_model),
             "claim": await _median_ms(claim),
             "heartbeat": await _median_ms(heartbeat),
             "list of jobs": await _median_ms(list_jobs),

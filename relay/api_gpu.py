@@ -23,6 +23,7 @@ from relay.metrics import Metrics
 from relay.models import Models
 from relay.settings import Settings
 from relay.store import Clock
+from relay.uploads import Part, Uploads
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -35,6 +36,7 @@ class GpuApi:
     gpus: Gpus
     leases: Leases
     checkpoints: Checkpoints
+    uploads: Uploads
     models: Models
     blobs: Blobs
     dispatcher: Dispatcher
@@ -75,16 +77,6 @@ def router(api: GpuApi) -> APIRouter:
         if signed != sha256:
             raise errors.BadSignature("the signature is about another blob than the path: sign again")
         return by
-
-    async def stored(request: Request, sha256: str, limit_bytes: int) -> JSONResponse:
-        async with api.blobs.incoming(limit_bytes) as incoming:
-            async for chunk in request.stream():
-                await incoming.write(chunk)
-            await incoming.finish()
-            if incoming.sha256 != sha256:
-                raise errors.InvalidRequest("the blob was damaged on its way: send it again", code="blob_damaged")
-            await api.blobs.keep(incoming)
-        return JSONResponse({"bytes": incoming.bytes})
 
     @routes.post("/enrol")
     async def enrol(request: Request) -> wire.EnrolReply:
@@ -146,34 +138,39 @@ def router(api: GpuApi) -> APIRouter:
         api.dispatcher.wake()
         return JSONResponse({"status": job.status, "fine_tuned_model": job.fine_tuned_model})
 
+    async def promise(request: Request, job_id: str, part: Part, sha256: str, fence: int) -> Response:
+        by, _ = await api.signed(request)
+        size_bytes = await api.uploads.promise(by, job_id, fence, part, sha256)
+        if size_bytes is None:
+            return Response(status_code=404)
+        return Response(headers={"content-length": str(size_bytes)})
+
     @routes.head("/jobs/{job_id}/blobs/{sha256}")
     async def has_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> Response:
         """Asked before an upload, so that what is here already is not sent again."""
-        by, _ = await api.signed(request)
-        await api.leases.check_lease(by, job_id, fence)
-        size_bytes = api.blobs.size_bytes(sha256)
-        if size_bytes is None:
-            return Response(status_code=404)
-        api.blobs.touch(sha256)  # promised: no delete of another model may take it away now
-        return Response(headers={"content-length": str(size_bytes)})
+        return await promise(request, job_id, "result", sha256, fence)
 
     @routes.put("/jobs/{job_id}/blobs/{sha256}")
     async def put_blob(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
         """Of the result."""
         by = await promised(request, sha256)
         await api.leases.finalize(by, job_id, fence)
-        return await stored(request, sha256, api.settings.max_adapter_bytes)
+        limit_bytes = api.settings.max_adapter_bytes
+        size_bytes = await api.uploads.take(by, job_id, fence, "result", sha256, request.stream(), limit_bytes)
+        return JSONResponse({"bytes": size_bytes})
 
     @routes.head("/jobs/{job_id}/chunks/{sha256}")
     async def has_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> Response:
-        return await has_blob(job_id, sha256, request, fence)
+        return await promise(request, job_id, "chunk", sha256, fence)
 
     @routes.put("/jobs/{job_id}/chunks/{sha256}")
     async def put_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
         """Of a checkpoint that is on its way."""
         by = await promised(request, sha256)
         await api.leases.check_lease(by, job_id, fence)
-        return await stored(request, sha256, wire.MAX_CHUNK_BYTES)
+        limit_bytes = wire.MAX_CHUNK_BYTES
+        size_bytes = await api.uploads.take(by, job_id, fence, "chunk", sha256, request.stream(), limit_bytes)
+        return JSONResponse({"bytes": size_bytes})
 
     @routes.post("/jobs/{job_id}/reserve")
     async def reserve(job_id: str, request: Request) -> JSONResponse:

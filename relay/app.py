@@ -46,6 +46,7 @@ from relay.settings import Settings, secret
 from relay.store import Clock, Store
 from relay.sweep import keep_sweeping
 from relay.transport import ByTunnel, TunnelTransport
+from relay.uploads import Uploads
 from relay.vitals import Vitals
 from relay.waiting import Waiting
 
@@ -88,6 +89,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
     checkpoints = Checkpoints(store, blobs, leases, settings, clock)
+    uploads = Uploads(store, blobs, leases)
     files = Files(store, blobs, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping, metrics)
@@ -151,7 +153,18 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.include_router(
         api_gpu.router(
             api_gpu.GpuApi(
-                enrol_tokens, gpus, leases, checkpoints, models, blobs, dispatcher, settings, clock, dialout, metrics
+                enrol_tokens,
+                gpus,
+                leases,
+                checkpoints,
+                uploads,
+                models,
+                blobs,
+                dispatcher,
+                settings,
+                clock,
+                dialout,
+                metrics,
             )
         )
     )

@@ -27,9 +27,9 @@ from sqlalchemy import make_url
 
 from relay import errors, migrate
 from relay.blobs import Blobs
+from relay.refs import all_named
 from relay.settings import Settings
 from relay.store import Store
-from relay.sweep import named
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -90,7 +90,7 @@ async def _freeze(settings: Settings, view: sqlite3.Connection, staging: Path) -
             view.isolation_level = None
             view.execute("BEGIN")
             view.execute("SELECT count(*) FROM alembic_version").fetchone()  # from here on it sees no change
-            for sha256 in await named(db):
+            for sha256 in await all_named(db):
                 try:
                     os.link(blobs.path(sha256), staging / "blobs" / sha256)
                 except FileNotFoundError:

@@ -142,11 +142,6 @@ class Blobs:
             finally:
                 os.close(descriptor)
 
-    def touch(self, sha256: str) -> None:
-        """Young again: somebody counts on it."""
-        with contextlib.suppress(FileNotFoundError):
-            os.utime(self.path(sha256))
-
     def total_bytes(self) -> int:
         """Of all of them; walks the disk."""
         total = 0
@@ -158,7 +153,7 @@ class Blobs:
         return total
 
     def older_than(self, at: float) -> list[str]:
-        """By when they were stored or touched last, in unix seconds."""
+        """By when they were stored last, in unix seconds."""
         return [path.name for path in self._root.glob("??/*") if _mtime(path) < at]
 
     def remove(self, sha256: str, older_than: float = math.inf) -> bool:

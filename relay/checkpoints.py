@@ -8,14 +8,14 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors
+from relay import errors, refs
 from relay.blobs import Blobs
-from relay.jobs import drop_checkpoints
+from relay.jobs import checkpoint_holder, drop_checkpoints
 from relay.leases import Leases
 from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.sweep import remove_unnamed
-from relay.tables import checkpoint_chunks, checkpoints, files, jobs, models
+from relay.sweep import letting_go
+from relay.tables import checkpoints, files, jobs, models
 
 LAST_KEPT = 2
 AT_ONCE = LAST_KEPT + 2  # with the best, and the one on its way
@@ -70,15 +70,16 @@ class Checkpoints:
             if sum(chunk.bytes for chunk in file.chunks) != file.bytes:
                 message = f"checkpoint.files: the chunks of {file.name} are not its {file.bytes:,} bytes"
                 raise errors.InvalidRequest(message, param="checkpoint")
-        async with self._store.write() as db:
-            await self._leases.held(db, by, job_id, said.fence)
+        async with letting_go(self._store, self._blobs) as (db, gone):
+            job = await self._leases.held(db, by, job_id, said.fence)
+            await refs.hold(db)
             for sha256, size_bytes in chunks.items():
                 if self._blobs.size_bytes(sha256) != size_bytes:
                     message = f"checkpoint.files: chunk {sha256} is not stored here: upload it, then say this again"
                     raise errors.InvalidRequest(message, param="checkpoint", code="blob_missing")
             # A run that began again, for want of a sound checkpoint, comes by the same steps: the newest word counts.
             theirs = (checkpoints.c.job_id == job_id) & (checkpoints.c.step >= checkpoint.step)
-            dropped = await drop_checkpoints(db, theirs)
+            gone |= await drop_checkpoints(db, theirs)
             row = {"job_id": job_id, "step": checkpoint.step}
             await db.execute(
                 insert(checkpoints).values(
@@ -90,11 +91,11 @@ class Checkpoints:
                     created_at=self._clock(),
                 )
             )
-            await db.execute(insert(checkpoint_chunks), [{**row, "sha256": sha256} for sha256 in chunks])
+            await refs.name(db, "checkpoint", checkpoint_holder(job_id, checkpoint.step), job.owner, chunks)
+            gone |= await refs.unname(db, "chunk", job_id)
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(saved_step=checkpoint.step))
             kept, others = await self._kept(db, job_id)
-            dropped |= await drop_checkpoints(db, (checkpoints.c.job_id == job_id) & checkpoints.c.step.in_(others))
-            await remove_unnamed(db, self._blobs, dropped)
+            gone |= await drop_checkpoints(db, (checkpoints.c.job_id == job_id) & checkpoints.c.step.in_(others))
         return kept
 
     async def _kept(self, db: AsyncConnection, job_id: str) -> tuple[list[int], list[int]]:

@@ -14,10 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 import dataset
 import wire
-from relay import errors
+from relay import errors, refs
 from relay.blobs import Blobs, Incoming
 from relay.store import Clock, Store
-from relay.sweep import remove_unnamed
+from relay.sweep import letting_go
 from relay.tables import files
 
 FileRow = Row[Any]
@@ -37,7 +37,7 @@ class Files:
         report = await asyncio.to_thread(dataset.check, incoming.path)
         if not report.ok:
             raise errors.InvalidTrainingFile(report.summary(), param="file")
-        row = {
+        row: dict[str, Any] = {
             "id": f"file-{secrets.token_hex(12)}",
             "owner": owner,
             "filename": PurePosixPath(filename.replace("\\", "/")).name[-MAX_NAME_CHARS:] or "file",
@@ -49,8 +49,10 @@ class Files:
         }
         # Within the transaction, so that nobody who deletes the same content elsewhere takes the blob away in between.
         async with self._store.write() as db:
+            await refs.hold(db)
             await self._blobs.keep(incoming)
             await db.execute(insert(files).values(**row))
+            await refs.name(db, "file", row["id"], owner, {incoming.sha256: incoming.bytes})
             return (await db.execute(select(files).where(files.c.id == row["id"]))).one()
 
     async def get(self, owner: str, file_id: str, *, param: str = "file_id") -> FileRow:
@@ -78,10 +80,10 @@ class Files:
 
     async def delete(self, owner: str, file_id: str) -> None:
         """Jobs that are not over keep what they need. Raises NotFound."""
-        async with self._store.write() as db:
-            row = await self._of(db, owner, file_id, "file_id")
+        async with letting_go(self._store, self._blobs) as (db, gone):
+            await self._of(db, owner, file_id, "file_id")
             await db.execute(delete(files).where(files.c.id == file_id))
-            await remove_unnamed(db, self._blobs, [row.sha256])
+            gone |= await refs.unname(db, "file", file_id)
 
     async def _of(self, db: AsyncConnection, owner: str, file_id: str, param: str) -> FileRow:
         row = (await db.execute(select(files).where(files.c.id == file_id, files.c.owner == owner))).one_or_none()

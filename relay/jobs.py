@@ -12,16 +12,16 @@ from sqlalchemy import ColumnElement, Row, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors
+from relay import errors, refs
 from relay.blobs import Blobs
 from relay.store import Clock, Store
-from relay.sweep import remove_unnamed
+from relay.sweep import letting_go
 from relay.tables import LEASED, OPEN, checkpoints, files, job_events, job_reports, jobs, models
 
 JobRow = Row[Any]
 EventRow = Row[Any]
 NO_LEASE: Mapping[str, None] = dict.fromkeys(("gpu_id", "gpu_epoch", "lease_until", "leased_at", "pause_asked_at"))
-NOWHERE: Mapping[str, Any] = {"adapter": {"files": []}}  # that a job continues from
+ON_ITS_WAY: Sequence[refs.Kind] = ("chunk", "result")  # uploaded by a lease, and not yet part of anything
 OVER: Mapping[str, int | None] = {**NO_LEASE, "reserved_bytes": 0, "estimated_finish": None}
 
 
@@ -77,6 +77,8 @@ class Jobs:
                     created_at=self._clock(),
                 )
             )
+            kept = [new.training_blob, new.validation_blob, *(continue_from.adapter.files if continue_from else ())]
+            await refs.name(db, "job", job_id, owner, refs.sizes(kept))
             await say(db, self._clock(), job_id, 0, "Job created and queued.")
             return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
 
@@ -121,14 +123,14 @@ class Jobs:
     async def cancel(self, owner: str, job_id: str) -> tuple[JobRow, str | None]:
         """At once, and the gpu that has to hear of it. Raises NotFound, JobOver."""
         now = self._clock()
-        async with self._store.write() as db:
+        async with letting_go(self._store, self._blobs) as (db, gone):
             job = await self._of(db, owner, job_id)
             if job.status not in OPEN:
                 raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to cancel")
             values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **OVER}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
             await say(db, now, job_id, job.fence + 1, "Job cancelled.")
-            await forget(db, self._blobs, job)
+            gone |= await forget(db, job_id)
             return await self._of(db, owner, job_id), job.gpu_id
 
     async def pause(self, owner: str, job_id: str) -> tuple[JobRow, str | None]:
@@ -203,22 +205,27 @@ async def _tuned(db: AsyncConnection, owner: str, model_id: str) -> wire.TunedMo
 
 async def drop_reports(db: AsyncConnection, job_id: str) -> set[str]:
     """The blobs that they named."""
-    gone = delete(job_reports).where(job_reports.c.job_id == job_id)
-    return set((await db.execute(gone.returning(job_reports.c.sha256))).scalars())
+    await db.execute(delete(job_reports).where(job_reports.c.job_id == job_id))
+    return await refs.unname(db, "report", job_id)
 
 
-async def forget(db: AsyncConnection, blobs: Blobs, job: JobRow) -> None:
-    """The job is over: what only it kept goes, checkpoints and deleted files."""
-    data = [blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob]
-    data += [file["sha256"] for file in (job.continue_from or NOWHERE)["adapter"]["files"]]
-    await remove_unnamed(db, blobs, {*data, *await drop_checkpoints(db, checkpoints.c.job_id == job.id)})
+async def forget(db: AsyncConnection, job_id: str) -> set[str]:
+    """The job is over: what it kept, checkpoints and data, it keeps no more. The blobs that it named."""
+    gone = await drop_checkpoints(db, checkpoints.c.job_id == job_id)
+    for kind in ON_ITS_WAY:
+        gone |= await refs.unname(db, kind, job_id)
+    return gone | await refs.unname(db, "job", job_id)
 
 
 async def drop_checkpoints(db: AsyncConnection, where: ColumnElement[bool]) -> set[str]:
     """The chunks that they named."""
-    manifests = (await db.execute(select(checkpoints.c.manifest).where(where))).scalars().all()
-    await db.execute(delete(checkpoints).where(where))
-    return {chunk["sha256"] for manifest in manifests for file in manifest["files"] for chunk in file["chunks"]}
+    dropped = await db.execute(delete(checkpoints).where(where).returning(checkpoints.c.job_id, checkpoints.c.step))
+    return await refs.unname(db, "checkpoint", *(checkpoint_holder(job_id, step) for job_id, step in dropped))
+
+
+def checkpoint_holder(job_id: str, step: int) -> str:
+    """Under which its chunks are named."""
+    return f"{job_id}/{step}"
 
 
 async def say(db: AsyncConnection, at: float, job_id: str, fence: int, message: str, level: str = "info") -> None:

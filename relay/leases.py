@@ -12,11 +12,12 @@ from sqlalchemy import ColumnElement, Select, and_, exists, insert, or_, select,
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors, fairness
+from relay import errors, fairness, refs
 from relay.blobs import Blobs
-from relay.jobs import NO_LEASE, OVER, JobRow, forget, say
+from relay.jobs import NO_LEASE, ON_ITS_WAY, OVER, JobRow, forget, say
 from relay.settings import Settings
 from relay.store import Clock, Store
+from relay.sweep import letting_go
 from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, job_reports, jobs, models, offers, users
 
 MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
@@ -149,10 +150,10 @@ class Leases:
         async with self._store.read() as db:  # nearly always there is none, and reading disturbs nobody
             if (await db.execute(select(jobs.c.id).where(over).limit(1))).first() is None:
                 return 0
-        async with self._store.write() as db:
+        async with letting_go(self._store, self._blobs) as (db, gone):
             rows = (await db.execute(select(jobs).where(over))).all()
             for job in rows:
-                await self._requeue(db, job, "The gpu has gone silent.", "gpu_lost", counts=True)
+                gone |= await self._requeue(db, job, "The gpu has gone silent.", "gpu_lost", counts=True)
         return len(rows)
 
     # --- the gpu's side ---
@@ -160,7 +161,7 @@ class Leases:
     async def adopt(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
         """After an enrolment: leases that the gpu still holds move to its new epoch, the others are queued again."""
         keeps = {(lease.job_id, lease.fence) for lease in held}
-        async with self._store.write() as db:
+        async with letting_go(self._store, self._blobs) as (db, gone):
             mine = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.status.in_(LEASED))
             for job in (await db.execute(mine)).all():
                 if (job.id, job.fence) in keeps:
@@ -168,15 +169,17 @@ class Leases:
                     await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
                 else:
                     why = "The gpu was started anew."
-                    await self._requeue(db, job, why, "gpu_lost", counts=job.status != "leased")
+                    gone |= await self._requeue(db, job, why, "gpu_lost", counts=job.status != "leased")
 
     async def hand_back(self, by: wire.SignedBy, reason: str) -> int:
         """The gpu stops: what it holds waits again at once, and that costs no attempt. How many."""
         mine = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.gpu_epoch == by.epoch, jobs.c.status.in_(LEASED))
-        async with self._store.write() as db:
+        async with letting_go(self._store, self._blobs) as (db, gone):
             rows = (await db.execute(mine)).all()
             for job in rows:
-                await self._requeue(db, job, f"The gpu handed the job back: {reason}.", "gpu_left", counts=False)
+                gone |= await self._requeue(
+                    db, job, f"The gpu handed the job back: {reason}.", "gpu_left", counts=False
+                )
         return len(rows)
 
     async def renew(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> None:
@@ -261,26 +264,28 @@ class Leases:
         if (result.adapter is None) == (result.error is None):
             raise errors.InvalidRequest("give exactly one of 'adapter' and 'error'", param="adapter")
         stored = result.model_dump()
-        async with self._store.write() as db:
+        async with letting_go(self._store, self._blobs) as (db, gone):
             job = (await db.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
             if job is not None and job.fence == result.fence and job.last_gpu_id == by.gpu_id and job.result == stored:
                 return job
             job = await self.held(db, by, job_id, result.fence)
             if result.adapter is not None:
-                await self._succeed(db, job, result, result.adapter)
+                gone |= await self._succeed(db, job, result, result.adapter)
             elif result.error is not None and result.error.retry:
-                await self._requeue(db, job, result.error.message, result.error.code, counts=True)
+                gone |= await self._requeue(db, job, result.error.message, result.error.code, counts=True)
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
             elif result.error is not None:
-                await self._fail(db, job, result.error.message, result.error.code, result.error.param)
+                gone |= await self._fail(db, job, result.error.message, result.error.code, result.error.param)
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
             return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
 
     async def _succeed(
         self, db: AsyncConnection, job: JobRow, result: wire.JobResult, adapter: wire.AdapterManifest
-    ) -> None:
+    ) -> set[str]:
+        """The blobs that it names no more."""
         if adapter.base_model != job.base_model:
             raise errors.InvalidRequest(f"adapter.base_model: the job is about '{job.base_model}'", param="adapter")
+        await refs.hold(db)
         for file in [*adapter.files, *result.reports]:
             if self._blobs.size_bytes(file.sha256) != file.bytes:
                 message = f"adapter.files: blob {file.sha256} ({file.name}) is not stored here: upload it, then finish"
@@ -300,14 +305,16 @@ class Leases:
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         row = {"id": model_id, "owner": job.owner, "base_model": job.base_model, "job_id": job.id, "created_at": now}
         await db.execute(insert(models).values(**row, adapter=adapter.model_dump()))
+        await refs.name(db, "model", model_id, job.owner, refs.sizes(adapter.files))
         if result.reports:
             await db.execute(
                 insert(job_reports), [{"job_id": job.id, **report.model_dump()} for report in result.reports]
             )
+            await refs.name(db, "report", job.id, job.owner, refs.sizes(result.reports))
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
-        await forget(db, self._blobs, job)
+        return await forget(db, job.id)
 
-    async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> None:
+    async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> set[str]:
         values = {
             "status": "failed",
             "finished_at": self._clock(),
@@ -316,25 +323,29 @@ class Leases:
         }
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
-        await forget(db, self._blobs, job)
+        return await forget(db, job.id)
 
     async def release(self, by: wire.SignedBy, job_id: str, release: wire.Release) -> JobRow:
         """The gpu gives the job back on purpose, which costs no attempt. Raises LeaseLost."""
-        async with self._store.write() as db:
+        async with letting_go(self._store, self._blobs) as (db, gone):
             job = await self.held(db, by, job_id, release.fence)
             why = "The gpu stops." if release.reason == "leaving" else "The gpu gave the job back."
-            await self._requeue(db, job, why, "gpu_left", counts=False)
+            gone |= await self._requeue(db, job, why, "gpu_left", counts=False)
             return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
 
-    async def _requeue(self, db: AsyncConnection, job: JobRow, why: str, code: str, *, counts: bool) -> None:
-        """Back to the queue, or paused where its owner has asked for that. A lease with a new checkpoint costs none."""
+    async def _requeue(self, db: AsyncConnection, job: JobRow, why: str, code: str, *, counts: bool) -> set[str]:
+        """Back to the queue, or paused where its owner has asked for that. A lease with a new checkpoint costs none.
+
+        The blobs that it names no more. What was on its way is left to the sweep, for the next gpu may come by it.
+        """
+        for kind in ON_ITS_WAY:
+            await refs.unname(db, kind, job.id)
         attempts = 0 if job.saved_step > job.lost_step else job.attempts
         attempts += counts and job.saved_step <= job.lost_step
         values = {"attempts": attempts, "lost_step": job.saved_step}
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         if attempts >= MAX_ATTEMPTS:
-            await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
-            return
+            return await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
         if job.leased_at is not None and (unused_s := _cost_s(job) - (self._clock() - job.leased_at)) > 0:
             back = update(users).where(users.c.id == job.owner)
             await db.execute(back.values(credit_s=users.c.credit_s + unused_s))
@@ -346,6 +357,7 @@ class Leases:
         spent = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts and attempts else ""
         level = "warn" if counts else "info"
         await say(db, self._clock(), job.id, job.fence, f"{why} {now}{since}.{spent}", level=level)
+        return set()
 
     async def held(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:
         """The job, if this lease of it stands. Raises LeaseLost."""

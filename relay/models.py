@@ -9,18 +9,17 @@ from sqlalchemy import Row, Select, delete, exists, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors
+from relay import errors, refs
 from relay.blobs import Blobs
 from relay.jobs import drop_reports
 from relay.settings import Settings
 from relay.store import Clock, Store
-from relay.sweep import remove_unnamed
+from relay.sweep import letting_go
 from relay.tables import base_models, gpus, models, offers, users
 
 NAMED_IN_ERRORS = 20
 MEMORY_S = 2.0  # how long another process's deletion of a model may go unnoticed by a live request
 MOST_REMEMBERED = 10_000
-PROMISED_S = 600.0  # a gpu may just have heard that a blob is here, and not send it; the sweep gets it later
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,11 @@ class Models:
         if not model.is_tuned:
             message = f"'{model_id}' is a base model: only tuned models can be deleted"
             raise errors.InvalidRequest(message, param="model")
-        async with self._store.write() as db:
-            gone = delete(models).where(models.c.id == model_id, models.c.owner == owner)
-            row = (await db.execute(gone.returning(models.c.adapter, models.c.job_id))).one_or_none()
-            self._bases_known.clear()
-            if row is None:
-                return
-            shas = {f["sha256"] for f in row.adapter["files"]} | await drop_reports(db, row.job_id)
-            await remove_unnamed(db, self._blobs, shas, older_than=self._clock() - PROMISED_S)
+        async with letting_go(self._store, self._blobs) as (db, gone):
+            mine = delete(models).where(models.c.id == model_id, models.c.owner == owner)
+            for job_id in (await db.execute(mine.returning(models.c.job_id))).scalars().all():
+                gone |= await refs.unname(db, "model", model_id) | await drop_reports(db, job_id)
+        self._bases_known.clear()
 
     async def tuned(self, model_id: str) -> wire.TunedModel:
         """What a gpu fetches, whoever owns it: it serves the relay, which has checked. Raises ModelNotFound."""

@@ -13,14 +13,14 @@ from typing import Any
 from sqlalchemy import Row, delete, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from relay import errors
+from relay import errors, refs
 from relay.accounts import ADMIN, Accounts
 from relay.audit import COMMAND_LINE, By, note
 from relay.blobs import Blobs
-from relay.jobs import OVER, drop_checkpoints, drop_reports
+from relay.jobs import OVER, drop_reports, forget
 from relay.store import Clock, Store
-from relay.sweep import remove_unnamed
-from relay.tables import OPEN, checkpoints, files, job_events, jobs, key_rules, keys, models, passwords, sessions, users
+from relay.sweep import letting_go
+from relay.tables import OPEN, files, job_events, jobs, key_rules, keys, models, passwords, sessions, users
 
 log = logging.getLogger("relay.people")
 
@@ -107,31 +107,23 @@ class People:
                 await asyncio.wait_for(self._marked.wait(), LOOK_EVERY_S)
 
     async def _remove_job(self, job_id: str) -> None:
-        async with self._store.write() as db:
-            job = (await db.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
-            if job is None:
-                return  # another process was first
-            gone = await drop_checkpoints(db, checkpoints.c.job_id == job_id)
-            gone |= {blob["sha256"] for blob in (job.training_blob, job.validation_blob) if blob}
-            gone |= await drop_reports(db, job_id)
-            mine = delete(models).where(models.c.job_id == job_id).returning(models.c.adapter)
-            for adapter in (await db.execute(mine)).scalars().all():
-                gone |= {file["sha256"] for file in adapter["files"]}
+        async with letting_go(self._store, self._blobs) as (db, gone):
+            gone |= await forget(db, job_id) | await drop_reports(db, job_id)
+            mine = delete(models).where(models.c.job_id == job_id).returning(models.c.id)
+            gone |= await refs.unname(db, "model", *(await db.execute(mine)).scalars().all())
             await db.execute(delete(job_events).where(job_events.c.job_id == job_id))
             await db.execute(delete(jobs).where(jobs.c.id == job_id))
-            await remove_unnamed(db, self._blobs, gone)
 
     async def _remove_user(self, user: Row[Any]) -> None:
-        async with self._store.write() as db:
-            mine = delete(files).where(files.c.owner == user.id).returning(files.c.sha256)
-            gone = set((await db.execute(mine)).scalars().all())
+        async with letting_go(self._store, self._blobs) as (db, gone):
+            await db.execute(delete(files).where(files.c.owner == user.id))
+            gone |= await refs.unname_owned(db, user.id)
             theirs = select(keys.c.id).where(keys.c.owner == user.id)
             await db.execute(delete(key_rules).where(key_rules.c.key_id.in_(theirs)))
             await db.execute(delete(keys).where(keys.c.owner == user.id))
             done = await db.execute(delete(users).where(users.c.id == user.id))
             if done.rowcount:
                 await note(db, self._clock(), FINISHER, "user.deleted", user.name)
-            await remove_unnamed(db, self._blobs, gone)
 
 
 def _deletable(user: Row[Any] | None, name: str) -> Row[Any]:

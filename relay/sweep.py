@@ -1,48 +1,72 @@
-"""Blobs that nothing names any more go. What names one: a file, a tuned model and the report of its
-job, a job that is not over, a checkpoint of one.
+"""Blobs that nothing names any more go (refs.py), and never before it stands that nothing names them.
 
-Does not know why a name went. A blob whose name is still to come, as a result on its way in, is young: left alone.
+A transaction that ends a row says which blobs it named. Once it is committed, a second one looks again and unlinks:
+cut off before it, a blob is left over, which the sweep gets; cut off within it, nothing that is named is missing. Who
+names a blob again finds it in a transaction too, before that one or after it, and so has it or sends it anew.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection
 
-from sqlalchemy import Column, ColumnElement, select, true
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from relay import errors, refs
 from relay.blobs import Blobs
 from relay.store import Clock, Store
-from relay.tables import OPEN, checkpoint_chunks, files, job_reports, jobs, models
 
 log = logging.getLogger("relay.sweep")
 
 EVERY_S = 3600.0
-YOUNG_S = 3600.0  # longer than a gpu takes from the first blob of a result to the last
+YOUNG_S = 3600.0  # what a lost lease left of a checkpoint may be asked for again by the next
 AT_ONCE = 500  # blobs that one query asks about
 
 
-async def remove_unnamed(
-    db: AsyncConnection, blobs: Blobs, shas: Collection[str], older_than: float = math.inf
-) -> list[str]:
-    """Those of the blobs that no row names, within the writer's transaction; which. `older_than` is a unix time."""
-    unnamed = sorted(set(shas) - await named(db, shas))
-    return await asyncio.to_thread(lambda: [sha256 for sha256 in unnamed if blobs.remove(sha256, older_than)])
+@contextlib.asynccontextmanager
+async def letting_go(store: Store, blobs: Blobs) -> AsyncIterator[tuple[AsyncConnection, set[str]]]:
+    """A transaction, and a set for the blobs that it may leave without a name. They go once it stands.
+
+    Raises what the transaction raises: that they can't be removed now is no failure of it.
+    """
+    gone = set[str]()
+    async with store.write() as db:
+        yield db, gone
+    try:
+        await remove_unnamed(store, blobs, gone)
+    except (SQLAlchemyError, OSError, errors.RelayError):
+        log.exception("blobs that nothing names are left to the sweep")
+
+
+async def remove_unnamed(store: Store, blobs: Blobs, shas: Collection[str], older_than: float = math.inf) -> int:
+    """Those of the blobs that nothing names; how many. `older_than` is a unix time."""
+    removed, asked = 0, sorted(shas)
+    for at in range(0, len(asked), AT_ONCE):
+        some = asked[at : at + AT_ONCE]
+        async with store.write() as db:
+            await refs.hold(db, alone=True)
+            unnamed = sorted(set(some) - await refs.named(db, some))
+            removed += await asyncio.to_thread(_remove, blobs, unnamed, older_than)
+    return removed
+
+
+def _remove(blobs: Blobs, shas: Collection[str], older_than: float) -> int:
+    return sum(blobs.remove(sha256, older_than) for sha256 in shas)
 
 
 async def sweep(store: Store, blobs: Blobs, clock: Clock) -> int:
-    """What was left behind by results that nobody finished, or by a crash; how many."""
+    """What was left behind by checkpoints and results that nobody finished, or by a crash; how many."""
     removed = 0
     older_than = clock() - YOUNG_S
     old = await asyncio.to_thread(blobs.older_than, older_than)
     for at in range(0, len(old), AT_ONCE):
         some = old[at : at + AT_ONCE]
         async with store.read() as db:  # nearly always there is none, and reading disturbs nobody
-            unnamed = set(some) - await named(db, some)
+            unnamed = set(some) - await refs.named(db, some)
         if unnamed:
-            async with store.write() as db:
-                removed += len(await remove_unnamed(db, blobs, unnamed, older_than))
+            removed += await remove_unnamed(store, blobs, unnamed, older_than)
     return removed
 
 
@@ -55,22 +79,3 @@ async def keep_sweeping(store: Store, blobs: Blobs, clock: Clock) -> None:
         except Exception:
             log.exception("a sweep of the blobs failed; the next is in %.0f s", EVERY_S)  # the relay must live on
         await asyncio.sleep(EVERY_S)
-
-
-async def named(db: AsyncConnection, shas: Collection[str] | None = None) -> set[str]:
-    """Those among them that a row names; without them, every one."""
-
-    def among(column: Column[str]) -> ColumnElement[bool]:
-        return true() if shas is None else column.in_(shas)
-
-    found: set[str] = set()
-    for column in (files.c.sha256, checkpoint_chunks.c.sha256, job_reports.c.sha256):
-        found |= set((await db.execute(select(column).where(among(column)))).scalars())
-    of_jobs = select(jobs.c.training_blob, jobs.c.validation_blob, jobs.c.continue_from)
-    adapters = list((await db.execute(select(models.c.adapter))).scalars())
-    for *data, continue_from in await db.execute(of_jobs.where(jobs.c.status.in_(OPEN))):
-        found |= {blob["sha256"] for blob in data if blob}
-        adapters += [continue_from["adapter"]] if continue_from else []
-    for adapter in adapters:
-        found |= {file["sha256"] for file in adapter["files"]}
-    return found

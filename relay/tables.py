@@ -12,7 +12,6 @@ from sqlalchemy import (
     Column,
     Float,
     ForeignKey,
-    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -235,24 +234,13 @@ checkpoints = Table(
     Column("created_at", Float, nullable=False),
 )
 
-checkpoint_chunks = Table(
-    "checkpoint_chunks",  # what keeps a chunk's blob alive
-    metadata,
-    Column("job_id", String(40), primary_key=True),
-    Column("step", Integer, primary_key=True),
-    Column("sha256", String(64), primary_key=True),
-    ForeignKeyConstraint(["job_id", "step"], ["checkpoints.job_id", "checkpoints.step"], ondelete="CASCADE"),
-    Index("checkpoint_chunks_by_blob", "sha256"),
-)
-
 job_reports = Table(
-    "job_reports",  # of jobs whose model is here; what keeps a report's blob alive
+    "job_reports",  # of jobs whose model is here
     metadata,
     Column("job_id", ForeignKey("jobs.id"), primary_key=True),
     Column("name", String(200), primary_key=True),
     Column("sha256", String(64), nullable=False),
     Column("bytes", BigInteger, nullable=False),
-    Index("job_reports_by_blob", "sha256"),
 )
 
 job_events = Table(
@@ -281,4 +269,16 @@ models = Table(
     Column("adapter", JSON, nullable=False),  # wire.AdapterManifest
     Column("created_at", Float, nullable=False),
     Index("models_by_owner", "owner", "created_at"),
+)
+
+blob_refs = Table(
+    "blob_refs",  # what keeps a blob alive (refs.py): without a row here it goes
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("kind", String(12), primary_key=True),
+    Column("holder", String(400), primary_key=True),  # the id of the row that names it
+    Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Index("blob_refs_by_holder", "kind", "holder"),
+    Index("blob_refs_by_owner", "owner", "kind", "bytes"),  # all that a sum needs
 )

@@ -133,3 +133,47 @@ def test_a_database_that_is_up_to_date_does_not_load_alembic(tmp_path: Path) -> 
         for _ in range(2)
     ]
     assert said == ["True\n", "False\n"]
+
+
+async def test_blobs_that_an_older_database_names_are_named_in_the_index(tmp_path: Path) -> None:
+    path = tmp_path / "relay.db"
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as db:
+        migrate.run(db, "0007")
+    engine.dispose()
+    blob = '{"name": "x", "sha256": "%s", "bytes": %d}'
+    a, b, c, d, e = (letter * 64 for letter in "abcde")
+    manifest = f'{{"files": [{{"chunks": [{blob % (c, 3)}, {blob % (c, 3)}]}}]}}'
+
+    def job(job_id: str, status: str) -> str:
+        return (
+            "INSERT INTO jobs (id, owner, status, base_model, layers, hyperparameters, seed, training_file,"
+            " training_blob, validation_blob, created_at, fence, attempts)"
+            f" VALUES ('{job_id}', 'user-1', '{status}', 'lab/base', '[]', '{{}}', 1, 'file-1',"
+            f" '{blob % (b, 2)}', 'null', 1, 0, 0)"
+        )
+
+    execute(
+        path,
+        "INSERT INTO users (id, name, created_at) VALUES ('user-1', 'ada', 1.5)",
+        "INSERT INTO base_models (id, family, n_layers, context_tokens, created_at)"
+        " VALUES ('lab/base', 'llama', 1, 1, 1)",
+        "INSERT INTO files (id, owner, filename, purpose, bytes, sha256, rows, created_at)"
+        f" VALUES ('file-1', 'user-1', 'x', 'fine-tune', 1, '{a}', 1, 1)",
+        job("ftjob-open", "paused"),
+        job("ftjob-over", "succeeded"),
+        "INSERT INTO checkpoints (job_id, step, fence, bytes, manifest, created_at)"
+        f" VALUES ('ftjob-open', 7, 1, 3, '{manifest}', 1)",
+        f"INSERT INTO checkpoint_chunks (job_id, step, sha256) VALUES ('ftjob-open', 7, '{c}')",
+        "INSERT INTO models (id, owner, base_model, job_id, adapter, created_at)"
+        f" VALUES ('ft:1', 'user-1', 'lab/base', 'ftjob-over', '{{\"files\": [{blob % (d, 4)}]}}', 1)",
+        f"INSERT INTO job_reports (job_id, name, sha256, bytes) VALUES ('ftjob-over', 'report.json', '{e}', 5)",
+    )
+    await opened(path)
+    assert rows(path, "SELECT sha256, kind, holder, owner, bytes FROM blob_refs ORDER BY sha256") == [
+        (a, "file", "file-1", "user-1", 1),
+        (b, "job", "ftjob-open", "user-1", 2),
+        (c, "checkpoint", "ftjob-open/7", "user-1", 3),
+        (d, "model", "ft:1", "user-1", 4),
+        (e, "report", "ftjob-over", "user-1", 5),
+    ]
