@@ -460,6 +460,7 @@ async def test_a_report_outlives_the_sweep_and_goes_with_its_model(tmp_path: Pat
         job_id, model = await reported(relay, gpu)
         await create(relay)
         await gpu.upload(await gpu.next_grant(), b"a result that nobody finishes")
+        await gpu.enrol()  # it holds the job no more
         before = len(relay.stored())
         for path in relay.stored():
             os.utime(path, (0, 0))
