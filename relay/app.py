@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 import logs
 import wire
-from relay import api_admin, api_gpu, api_openai, api_ops, api_ui, errors
+from relay import api_admin, api_gpu, api_openai, api_ops, api_ui, api_webhooks, errors
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.audit import Audit
 from relay.blobs import Blobs
@@ -37,6 +37,7 @@ from relay.leases import Leases
 from relay.limits import Limits
 from relay.metrics import Metrics
 from relay.models import Models
+from relay.outbox import Outbox
 from relay.page import Page
 from relay.passwords import Passwords
 from relay.people import People
@@ -49,6 +50,7 @@ from relay.transport import ByTunnel, TunnelTransport
 from relay.uploads import Uploads
 from relay.vitals import Vitals
 from relay.waiting import Waiting
+from relay.webhooks import Webhooks
 
 log = logging.getLogger("relay.app")
 
@@ -100,6 +102,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     waiting = Waiting(proxy, gpus, metrics)
     lines = {"api": waiting.n_waiting, "page": generations.n_waiting}
     vitals = Vitals(metrics, store, blobs, gpus, settings, lines)
+    outbox = Outbox(store, clock, metrics, allow_loopback=settings.allow_loopback_gpus)
+    webhooks = Webhooks(store, clock, allow_loopback=settings.allow_loopback_gpus)
     page = Page(settings.page_dir)
 
     @contextlib.asynccontextmanager
@@ -131,6 +135,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             forgetting = asyncio.create_task(audit.keep_sweeping())
             closing.push_async_callback(lambda: asyncio.wait({forgetting}))
             closing.callback(forgetting.cancel)
+            delivering = asyncio.create_task(outbox.keep_delivering())
+            closing.push_async_callback(lambda: asyncio.wait({delivering}))
+            closing.callback(delivering.cancel)
             lagging = asyncio.create_task(metrics.watch_loop())
             closing.push_async_callback(lambda: asyncio.wait({lagging}))
             closing.callback(lagging.cancel)
@@ -143,13 +150,11 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.state.dispatcher = dispatcher
     app.state.page = page
     app.state.metrics = metrics
-    app.include_router(
-        api_openai.router(
-            api_openai.OpenAIApi(
-                sessions, limits, gpus, jobs, files, models, blobs, client, proxy, waiting, dispatcher, settings
-            )
-        )
+    openai = api_openai.OpenAIApi(
+        sessions, limits, gpus, jobs, files, models, blobs, client, proxy, waiting, dispatcher, settings
     )
+    app.include_router(api_openai.router(openai))
+    app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
     app.include_router(
         api_gpu.router(
             api_gpu.GpuApi(

@@ -38,6 +38,8 @@ Action = Literal[
     "user.enable",
     "user.delete",
     "user.deleted",
+    "webhook.create",
+    "webhook.delete",
     "gpu.drain",
     "gpu.undrain",
 ]

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import wire
 from relay import errors, refs
 from relay.blobs import Blobs
+from relay.outbox import announce
 from relay.store import Clock, Store
 from relay.sweep import letting_go
 from relay.tables import LEASED, OPEN, checkpoints, files, job_events, job_reports, jobs, models
@@ -130,6 +131,7 @@ class Jobs:
             values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **OVER}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
             await say(db, now, job_id, job.fence + 1, "Job cancelled.")
+            await announce(db, now, owner, job_id, "cancelled")
             gone |= await forget(db, job_id)
             return await self._of(db, owner, job_id), job.gpu_id
 
@@ -146,6 +148,7 @@ class Jobs:
             if job.status == "queued":
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(status="paused"))
                 await say(db, now, job_id, job.fence, "Job paused.")
+                await announce(db, now, owner, job_id, "paused")
             elif job.status in LEASED and job.pause_asked_at is None:
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(pause_asked_at=now))
                 await say(db, now, job_id, job.fence, "Pausing: the gpu stores a checkpoint first.")

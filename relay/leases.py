@@ -15,6 +15,7 @@ import wire
 from relay import errors, fairness, refs
 from relay.blobs import Blobs
 from relay.jobs import NO_LEASE, ON_ITS_WAY, OVER, JobRow, forget, say
+from relay.outbox import announce
 from relay.settings import Settings
 from relay.store import Clock, Store
 from relay.sweep import letting_go
@@ -312,6 +313,7 @@ class Leases:
             )
             await refs.name(db, "report", job.id, job.owner, refs.sizes(result.reports))
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
+        await announce(db, now, job.owner, job.id, "succeeded")
         return await forget(db, job.id)
 
     async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> set[str]:
@@ -323,6 +325,7 @@ class Leases:
         }
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
+        await announce(db, self._clock(), job.owner, job.id, "failed")
         return await forget(db, job.id)
 
     async def release(self, by: wire.SignedBy, job_id: str, release: wire.Release) -> JobRow:
@@ -357,6 +360,8 @@ class Leases:
         spent = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts and attempts else ""
         level = "warn" if counts else "info"
         await say(db, self._clock(), job.id, job.fence, f"{why} {now}{since}.{spent}", level=level)
+        if paused:
+            await announce(db, self._clock(), job.owner, job.id, "paused")
         return set()
 
     async def held(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:

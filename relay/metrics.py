@@ -57,6 +57,7 @@ class Metrics:
         self.waited = {line: waited.labels(line) for line in LINES}
         self.leases_lost = counter("leases_lost", "Leases of jobs that ran out.")
         self.checkpoints = counter("checkpoints_stored", "Checkpoints that gpus stored.")
+        self._webhooks = counter("webhook_deliveries", "Attempts to deliver a webhook.", "outcome")
         self._lag = seconds("event_loop_lag", "How late the event loop woke up.", LAGS_S)
         self._states = {
             "gpus": gauge("gpus", "Gpus that are heard from, by what they can do.", "state"),
@@ -90,6 +91,10 @@ class Metrics:
     def refused(self, code: str) -> None:
         """`code` is one of ours: errors.py."""
         self._errors.labels(code).inc()
+
+    def webhooks(self, outcome: str) -> None:
+        """delivered, failed (it is tried again) or given_up."""
+        self._webhooks.labels(outcome).inc()
 
     def set_states(self, name: str, found: Mapping[str, int]) -> None:
         """All that there can be, also those that are 0."""

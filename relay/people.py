@@ -20,7 +20,8 @@ from relay.blobs import Blobs
 from relay.jobs import OVER, drop_reports, forget
 from relay.store import Clock, Store
 from relay.sweep import letting_go
-from relay.tables import OPEN, files, job_events, jobs, key_rules, keys, models, passwords, sessions, users
+from relay.tables import OPEN, files, job_events, jobs, key_rules, keys, models, passwords, sessions, users, webhooks
+from relay.tables import webhook_deliveries as deliveries
 
 log = logging.getLogger("relay.people")
 
@@ -121,6 +122,9 @@ class People:
             theirs = select(keys.c.id).where(keys.c.owner == user.id)
             await db.execute(delete(key_rules).where(key_rules.c.key_id.in_(theirs)))
             await db.execute(delete(keys).where(keys.c.owner == user.id))
+            hooks = select(webhooks.c.id).where(webhooks.c.owner == user.id)
+            await db.execute(delete(deliveries).where(deliveries.c.webhook_id.in_(hooks)))
+            await db.execute(delete(webhooks).where(webhooks.c.owner == user.id))
             done = await db.execute(delete(users).where(users.c.id == user.id))
             if done.rowcount:
                 await note(db, self._clock(), FINISHER, "user.deleted", user.name)

@@ -158,6 +158,38 @@ files = Table(
     Index("files_by_blob", "sha256"),
 )
 
+webhooks = Table(
+    "webhooks",  # whom to tell when a job of their owner's ends
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("url", String(2000), nullable=False),
+    Column("event_types", JSON, nullable=False),
+    Column("secret", String(80), nullable=False),  # shown once, and needed for each signature
+    Column("created_at", Float, nullable=False),
+    Index("webhooks_by_owner", "owner"),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",  # an outbox (outbox.py), and then the log of what came of it
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("event_id", String(40), nullable=False),
+    Column("webhook_id", ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("job_id", String(40), nullable=False),  # no reference: it outlives the job
+    Column("event_type", String(40), nullable=False),
+    Column("body", Text, nullable=False),  # what is signed, to the byte
+    Column("created_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_at", Float),  # null: delivered or given up
+    Column("delivered_at", Float),
+    Column("last_status", Integer),
+    Column("last_error", String(100)),
+    Index("webhook_deliveries_due", "next_at"),
+    Index("webhook_deliveries_by_webhook", "webhook_id", "id"),
+)
+
 # The states of a job, and who moves it:
 #
 #   queued     -> leased      the dispatcher claims it for a gpu; the fence rises

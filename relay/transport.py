@@ -32,6 +32,8 @@ NOT_TUNNELS = (
 class TransportFailed(Exception):
     """The connection could not be made, or broke. The message is for a log."""
 
+    forbidden = False  # to where it led we do not connect
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -82,6 +84,10 @@ class _HttpAnswer:
         self._response.close()
 
 
+class NotPublic(OSError):
+    """A name without an address of the open internet."""
+
+
 class GuardedResolver(AbstractResolver):
     """Names as `names` has them, without the addresses that no tunnel has.
 
@@ -98,9 +104,9 @@ class GuardedResolver(AbstractResolver):
         """Raises OSError where no address is left."""
         found = await self._names.resolve(host, port, family)
         own = self._allow_loopback and host == "localhost"
-        if good := [one for one in found if is_public(one["host"]) or (own and _is_loopback(one["host"]))]:
+        if good := [one for one in found if is_public(one["host"]) or (own and is_loopback(one["host"]))]:
             return good
-        raise OSError(f"{host} leads to no public address")
+        raise NotPublic(f"{host} leads to no public address")
 
     async def close(self) -> None:
         await self._names.close()
@@ -120,7 +126,7 @@ def is_public(address: str) -> bool:
     return (ip.version == 4 or ip in GLOBAL_UNICAST) and not any(ip in network for network in NOT_TUNNELS)
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -135,10 +141,16 @@ def _is_address(host: str) -> bool:
     return True
 
 
-class TunnelTransport:
-    """Plain HTTP requests to the URL that the gpu's tunnel has. Follows no redirect, obeys no proxy of ours."""
+class GuardedHttp:
+    """Plain HTTP requests to URLs that others chose: to the open internet only, whatever a name leads to by then.
 
-    def __init__(self, *, allow_loopback: bool, names: AbstractResolver | None = None) -> None:
+    Follows no redirect, obeys no proxy of ours, keeps no cookie.
+    """
+
+    def __init__(
+        self, headers: Mapping[str, str], *, allow_loopback: bool, names: AbstractResolver | None = None
+    ) -> None:
+        self._headers = headers
         self._allow_loopback = allow_loopback
         self._names = names  # None: as this machine resolves them
         self._session: aiohttp.ClientSession | None = None
@@ -151,7 +163,7 @@ class TunnelTransport:
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
             auto_decompress=False,
-            headers={"user-agent": "im-fine-relay", "ngrok-skip-browser-warning": "1", "accept-encoding": "identity"},
+            headers=self._headers,
             read_bufsize=CHUNK_BYTES,
         )
 
@@ -159,17 +171,12 @@ class TunnelTransport:
         if self._session:
             await self._session.close()
 
-    async def request(
-        self, to: Endpoint, method: str, target: str, headers: Mapping[str, str], body: bytes
-    ) -> _HttpAnswer:
+    async def request(self, method: str, url: URL, headers: Mapping[str, str], body: bytes) -> _HttpAnswer:
         """Returns once the answer's headers are here. Raises TransportFailed."""
         assert self._session, "open() comes first"
-        if to.url is None:
-            raise TransportFailed("it has no URL")
-        url = URL(to.url + target, encoded=True)  # the target is signed as it stands
         host = url.host or ""
-        if _is_address(host) and not is_public(host) and not (self._allow_loopback and _is_loopback(host)):
-            raise TransportFailed(f"{host} is no public address")  # an address in a URL is not resolved
+        if _is_address(host) and not is_public(host) and not (self._allow_loopback and is_loopback(host)):
+            raise _forbidden(f"{host} is no public address")  # an address in a URL is not resolved
         try:
             response = await self._session.request(
                 method,
@@ -179,8 +186,39 @@ class TunnelTransport:
                 allow_redirects=False,
             )
         except (aiohttp.ClientError, OSError) as exc:  # OSError: TimeoutError too
+            if isinstance(exc.__cause__, NotPublic):
+                raise _forbidden(str(exc.__cause__)) from exc
             raise TransportFailed(repr(exc)) from exc
         return _HttpAnswer(response)
+
+
+def _forbidden(why: str) -> TransportFailed:
+    failed = TransportFailed(why)
+    failed.forbidden = True
+    return failed
+
+
+class TunnelTransport:
+    """To the URL that the gpu's tunnel has."""
+
+    def __init__(self, *, allow_loopback: bool, names: AbstractResolver | None = None) -> None:
+        headers = {"user-agent": "im-fine-relay", "ngrok-skip-browser-warning": "1", "accept-encoding": "identity"}
+        self._http = GuardedHttp(headers, allow_loopback=allow_loopback, names=names)
+
+    async def open(self) -> None:
+        await self._http.open()
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def request(
+        self, to: Endpoint, method: str, target: str, headers: Mapping[str, str], body: bytes
+    ) -> _HttpAnswer:
+        """Returns once the answer's headers are here. Raises TransportFailed."""
+        if to.url is None:
+            raise TransportFailed("it has no URL")
+        url = URL(to.url + target, encoded=True)  # the target is signed as it stands
+        return await self._http.request(method, url, headers, body)
 
 
 class ByTunnel:
