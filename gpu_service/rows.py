@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_service.lora import Lora
+from gpu_service.products import Product, plain
 from gpu_service.quantize import Quantized
 
 
@@ -51,9 +52,11 @@ class Rows:
         lora: Sequence[Mapping[str, Lora] | None] = (),  # by row; a single one stands for every row
         dials: Sequence[Dials | None] = (),  # by row
         dropout: bool = False,
+        product: Product = plain,  # by which x meets a matrix
     ) -> None:
         self._weights = weights
         self._quantized = quantized or {}
+        self._product = product
         self.dropout = dropout  # in training
         self._full = full or {}
         self._gains: dict[str, Tensor] = {}
@@ -112,12 +115,13 @@ class Rows:
         packed = self._quantized.get(f"{name}.weight")
         if packed is not None and f"{name}.weight" not in self._full:
             return self._adapted(packed.linear(x, bias), x, name, bias)
-        return self._adapted(F.linear(x, self.weight(f"{name}.weight"), bias), x, name, bias)
+        return self._adapted(self._product(x, self.weight(f"{name}.weight"), bias), x, name, bias)
 
     def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """y (B, T, out), which has the bias in it already."""
         if lora := self._lora.get(f"{name}.weight"):
-            change = F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype)) * lora.scale
+            u = self._product(x, lora.a.to(x.dtype), None)
+            change = self._product(u, lora.b.to(x.dtype), None) * lora.scale
             if lora.magnitude is not None:
                 factor = lora.magnitude / lora.lengths(self._whole(f"{name}.weight"))
                 return _stretched(y, (factor - 1).to(y.dtype), bias) + change * factor.to(y.dtype)
@@ -126,8 +130,8 @@ class Rows:
             if (stretch := self._stretch.get(f"{name}.weight")) is not None:
                 y = _stretched(y, stretch, bias)
             a, b, mask = shared
-            u = F.linear(x, a) * mask  # (B, T, sum of ranks)
-            return torch.addmm(y.flatten(0, 1), u.flatten(0, 1), b.T).view_as(y)  # added within the product
+            u = self._product(x, a, None) * mask  # (B, T, sum of ranks)
+            return self._product(u, b, y)  # added within the product
         return y
 
     def _whole(self, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import give_back, quick_vectors, translate
 from gpu_service.errors import GpuError, NotFinite, OutOfMemory
+from gpu_service.products import Product, plain
 from gpu_service.quantize import Quantized
 from gpu_service.reuse import Reuse
 from gpu_service.rows import Dials, Rows
@@ -70,6 +71,7 @@ class Served:
     tokenizer: Any
     stop_ids: frozenset[int]
     quantized: Mapping[str, Quantized] | None = None  # the matrices that `weights` lacks
+    product: Product = plain
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
@@ -388,4 +390,5 @@ def _rows(requests: list[Request]) -> Rows:
         full=first.adapter.full if first.adapter else None,
         lora=[r.adapter.lora if r.adapter else None for r in requests],
         dials=[r.dials for r in requests],
+        product=first.served.product,
     )

@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gpu_service import artifacts, costs, train
+from gpu_service import artifacts, costs, products, train
 from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
@@ -135,6 +135,7 @@ class Worker:
         self._device, self._models = device, models
         self._max_waiting = settings.max_waiting
         self._adapter_budget_bytes = settings.adapter_cache_bytes
+        self._compiled = settings.data_dir / "compiled"
         self._scheduler = Scheduler(settings.train_share)
         budget_bytes = int(settings.kv_share * max(device.free_bytes() - models.weights_bytes(), 0))  # they come later
         chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
@@ -356,7 +357,15 @@ class Worker:
         source = base.source
         if source.id not in self._served:
             decoder = decoders.build(source.family, source.config, self._device.torch)
-            served = Served(source.id, decoder, base.weights, source.tokenizer, source.stop_ids, base.quantized)
+            served = Served(
+                source.id,
+                decoder,
+                base.weights,
+                source.tokenizer,
+                source.stop_ids,
+                base.quantized,
+                products.choose([w for w in base.weights.values() if w.dim() == 2], self._compiled),
+            )
             self._served[source.id] = served
             self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)
         return self._served[source.id]

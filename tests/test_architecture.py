@@ -56,7 +56,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["llama", "gpt2"],
         ["rows", "cache"],
         ["models", "artifacts", "sampling", "detokenizer"],
-        ["quantize", "lora", "hub"],
+        ["quantize", "lora", "products", "hub"],
         ["device", "costs", "layers", "metrics", "scheduler"],
         ["settings", "errors"],
     ],
