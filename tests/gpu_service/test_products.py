@@ -64,8 +64,11 @@ def test_rows_with_dials_and_adapters_compute_by_it_what_they_compute_by_torch(k
     half = {name: weight.bfloat16() for name, weight in tiny.weights.items()}
     turned = dials(tiny, attn=1.1, eps=3.0)
     for adapters in ([random_lora(tiny, 0)], [random_lora(tiny, 0), random_lora(tiny, 1), None]):
-        served = [a and {name: lora.served(CPU, torch.bfloat16, partial(half.__getitem__, name)) for name, lora in a.items()}
-                  for a in adapters]  # fmt: skip
+        served = [
+            adapter
+            and {n: lora.served(CPU, torch.bfloat16, partial(half.__getitem__, n)) for n, lora in adapter.items()}
+            for adapter in adapters
+        ]
         ids = IDS[0].expand(len(adapters), -1)
         ours, theirs = (
             whole_logits(
