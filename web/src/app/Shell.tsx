@@ -2,6 +2,7 @@ import { Icon, type IconName } from '@/components/Icon';
 import { Brand } from '@/components/Brand';
 import { ErrorNote } from '@/components/ErrorNote';
 import { claimConversation, forgetUser, useConversationOwner } from '@/features/generate/conversation';
+import { JobWatch } from '@/features/notify/JobWatch';
 import { meQuery, signOut } from '@/features/session/queries';
 import { whenSignedOut } from '@/lib/api';
 import { LANGUAGES, setLanguage, type Language } from '@/lib/i18n';
@@ -9,7 +10,16 @@ import { Menu, UnstyledButton, useMantineColorScheme, type MantineColorScheme } 
 import { useQuery, useQueryClient } from '@tanstack/react-query';
 import { useEffect } from 'react';
 import { useTranslation } from 'react-i18next';
-import { Navigate, NavLink, Outlet, ScrollRestoration, useLocation, useNavigate, useNavigation } from 'react-router';
+import {
+  Link,
+  Navigate,
+  NavLink,
+  Outlet,
+  ScrollRestoration,
+  useLocation,
+  useNavigate,
+  useNavigation,
+} from 'react-router';
 import css from './Shell.module.css';
 
 const SCREENS = [
@@ -17,7 +27,8 @@ const SCREENS = [
   { to: '/training', icon: 'layers', words: 'app.training' },
   { to: '/gpus', icon: 'chip', words: 'app.gpus' },
   { to: '/keys', icon: 'key', words: 'app.keys' },
-] as const satisfies readonly { to: string; icon: IconName; words: string }[];
+  { to: '/people', icon: 'people', words: 'app.people', admin: true },
+] as const satisfies readonly { to: string; icon: IconName; words: string; admin?: true }[];
 
 /** Everything behind the sign-in: navigation, settings, and the screen that the address names. */
 export function Shell() {
@@ -57,7 +68,7 @@ export function Shell() {
           <Brand />
         </NavLink>
         <div className={css.nav}>
-          {SCREENS.map(({ to, icon, words }) => (
+          {SCREENS.filter((screen) => !('admin' in screen) || me.data?.admin).map(({ to, icon, words }) => (
             <NavLink key={to} to={to} end={to === '/'} className={css.link ?? ''}>
               <Icon name={icon} />
               <span>{t(words)}</span>
@@ -72,7 +83,10 @@ export function Shell() {
         {me.isError ? (
           <ErrorNote error={me.error} retry={() => void me.refetch()} />
         ) : user && user === owner ? (
-          <Outlet />
+          <>
+            <Outlet />
+            <JobWatch />
+          </>
         ) : null}
       </main>
       <ScrollRestoration />
@@ -103,6 +117,9 @@ function Settings({ name }: { name: string | undefined }) {
       </Menu.Target>
       <Menu.Dropdown>
         {name ? <Menu.Label>{t('app.signedInAs', { name })}</Menu.Label> : null}
+        <Menu.Item component={Link} to="/account" leftSection={<Icon name="person" size={16} />}>
+          {t('app.account')}
+        </Menu.Item>
         <Menu.Label>{t('app.language')}</Menu.Label>
         <Menu.RadioGroup value={i18n.language} onChange={(code) => void setLanguage(code as Language)}>
           {Object.entries(LANGUAGES).map(([code, label]) => (

@@ -26,6 +26,19 @@ export const router = createBrowserRouter([
         ],
       },
       { path: 'gpus', lazy: async () => ({ Component: (await import('@/features/gpus/GpusPage')).GpusPage }) },
+      {
+        path: 'gpus/tokens',
+        lazy: async () => ({ Component: (await import('@/features/gpus/TokensPage')).TokensPage }),
+      },
+      { path: 'people', lazy: async () => ({ Component: (await import('@/features/people/PeoplePage')).PeoplePage }) },
+      {
+        path: 'people/audit',
+        lazy: async () => ({ Component: (await import('@/features/people/AuditPage')).AuditPage }),
+      },
+      {
+        path: 'account',
+        lazy: async () => ({ Component: (await import('@/features/account/AccountPage')).AccountPage }),
+      },
       { path: 'keys', lazy: async () => ({ Component: (await import('@/features/keys/KeysPage')).KeysPage }) },
       { path: '*', element: <NotFound /> },
     ],

@@ -9,6 +9,8 @@ const SAME_ADVICE: Record<string, string> = {
   no_such_model: 'model_not_found',
 };
 
+const ITSELF = ['network', 'invalid_api_key', 'wrong_password']; // the server's words would add nothing
+
 /** What went wrong in the reader's language, what to do about it, and the server's own words, which are more exact. */
 export function ErrorNote({ error, retry }: { error: unknown; retry?: (() => void) | undefined }) {
   const { t, i18n } = useTranslation();
@@ -18,7 +20,7 @@ export function ErrorNote({ error, retry }: { error: unknown; retry?: (() => voi
   const known = code !== '' && i18n.exists(`errors.${code}`) && i18n.exists(`errors.${code}_do`);
   const title = known ? t(`errors.${code}` as 'errors.network') : t('errors.title');
   const todo = known ? t(`errors.${code}_do` as 'errors.network_do') : null;
-  const exact = code === 'network' || code === 'invalid_api_key' ? null : message;
+  const exact = ITSELF.includes(code) ? null : message;
   return (
     <Alert color="red" variant="light" title={title} icon={<Icon name="warning" />} role="alert">
       {todo ? <Text size="sm">{todo}</Text> : null}

@@ -76,8 +76,10 @@ export const api = {
     read(await send('GET', path, signal ? { signal } : {}), shape),
   post: async <T extends z.ZodType>(path: string, body: unknown, shape: T, signal?: AbortSignal) =>
     read(await send('POST', path, { ...json(body), ...(signal ? { signal } : {}) }), shape),
-  delete: async (path: string) => {
-    await send('DELETE', path);
+  put: async <T extends z.ZodType>(path: string, body: unknown, shape: T) =>
+    read(await send('PUT', path, json(body)), shape),
+  delete: async (path: string, body?: unknown) => {
+    await send('DELETE', path, body === undefined ? {} : json(body));
   },
   /** The body of a stream of server-sent events. `body` undefined: picks one up. */
   stream: async (path: string, body: unknown, signal: AbortSignal, lastEventId?: string) => {
@@ -92,6 +94,16 @@ export const api = {
     return response.body;
   },
 };
+
+/** A file for the user's disk. A plain link would not carry the header without which the session counts for nothing. */
+export async function download(path: string, name: string): Promise<void> {
+  const url = URL.createObjectURL(await (await send('GET', path)).blob());
+  const link = document.createElement('a');
+  link.href = url;
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000); // the browser reads it after the click
+}
 
 /** XMLHttpRequest, for fetch can't say how much of a body has been sent. */
 export function upload<T extends z.ZodType>(

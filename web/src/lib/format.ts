@@ -31,14 +31,27 @@ export function duration(seconds: number, language: string): string {
 
 /** "3 minutes ago". `now` in unix seconds, as the API has times. */
 export function ago(at: number, language: string, now = Date.now() / 1000): string {
-  const seconds = Math.max(0, now - at);
-  const relative = new Intl.RelativeTimeFormat(language, { numeric: 'auto' });
-  if (seconds < 60) return relative.format(-Math.round(seconds), 'second');
-  if (seconds < 3600) return relative.format(-Math.round(seconds / 60), 'minute');
-  if (seconds < 86_400) return relative.format(-Math.round(seconds / 3600), 'hour');
-  return relative.format(-Math.round(seconds / 86_400), 'day');
+  return relative(-Math.max(0, now - at), language);
+}
+
+/** "in 3 days"; what has passed already: "3 days ago". */
+export function until(at: number, language: string, now = Date.now() / 1000): string {
+  return relative(at - now, language);
+}
+
+function relative(seconds: number, language: string): string {
+  const format = new Intl.RelativeTimeFormat(language, { numeric: 'auto' });
+  const size = Math.abs(seconds);
+  if (size < 60) return format.format(Math.round(seconds), 'second');
+  if (size < 3600) return format.format(Math.round(seconds / 60), 'minute');
+  if (size < 86_400) return format.format(Math.round(seconds / 3600), 'hour');
+  return format.format(Math.round(seconds / 86_400), 'day');
 }
 
 export function clockTime(at: number, language: string): string {
   return new Date(at * 1000).toLocaleTimeString(language, { hour: '2-digit', minute: '2-digit', second: '2-digit' });
+}
+
+export function dateTime(at: number, language: string): string {
+  return new Date(at * 1000).toLocaleString(language, { dateStyle: 'medium', timeStyle: 'short' });
 }

@@ -7,6 +7,7 @@ export type Family = z.infer<typeof family>;
 export const me = z.object({
   user: z.object({ id: z.string(), name: z.string() }),
   admin: z.boolean(),
+  has_password: z.boolean().optional(), // told by GET /api/me alone
 });
 export type Me = z.infer<typeof me>;
 
@@ -36,6 +37,8 @@ export const layerSpec = z.object({
   match: z.string().nullish(),
   rank: z.number().optional(),
   alpha: z.number().nullish(),
+  rslora: z.boolean().optional(),
+  quantize: z.enum(['none', '8bit', '4bit']).optional(),
 });
 export type LayerSpec = z.infer<typeof layerSpec>;
 
@@ -88,6 +91,8 @@ export const job = z.object({
   status: jobStatus,
   hyperparameters,
   training_file: z.string(),
+  validation_file: z.string().nullable(),
+  sample_prompts: z.array(z.string()).default([]),
   trained_tokens: z.number().nullable(),
   error: z.object({ message: z.string(), code: z.string().nullish() }).nullable(),
   user_provided_suffix: z.string().nullable(),
@@ -97,6 +102,10 @@ export const job = z.object({
   pausing: z.boolean(), // asked for, and the gpu has not given the job back yet
 });
 export type Job = z.infer<typeof job>;
+
+/** What a run says about itself at its end. Read loosely: an older or newer one still shows what it has. */
+export const report = z.looseObject({});
+export type Report = z.infer<typeof report>;
 
 export const checkpoint = z.object({ step_number: z.number() });
 
@@ -115,6 +124,8 @@ export const gpu = z.object({
   name: z.string(),
   alive: z.boolean(),
   reachable: z.boolean(),
+  breaker: z.enum(['closed', 'open', 'half-open']).catch('closed'),
+  draining: z.boolean(),
   tunnel: z.string(),
   device: z.object({
     kind: z.string(),
@@ -135,6 +146,40 @@ export type Gpu = z.infer<typeof gpu>;
 
 export const enrolToken = z.object({ relay_url: z.string(), token: z.string() });
 
+export const madeToken = z.object({
+  id: z.string(),
+  name: z.string().nullable(),
+  prefix: z.string(),
+  reusable: z.boolean(),
+  created_at: z.number(),
+  expires_at: z.number().nullable(),
+  used_at: z.number().nullable(),
+  revoked_at: z.number().nullable(),
+  gpus: z.number(), // that came with it last
+});
+export type MadeToken = z.infer<typeof madeToken>;
+export const newToken = z.object({ id: z.string(), token: z.string() });
+
+export const person = z.object({
+  id: z.string(),
+  name: z.string(),
+  created_at: z.number(),
+  disabled_at: z.number().nullable(),
+  deleting_at: z.number().nullable(),
+  has_password: z.boolean(),
+});
+export type Person = z.infer<typeof person>;
+
+export const auditEntry = z.object({
+  id: z.number(),
+  at: z.number(),
+  who: z.string(),
+  action: z.string(),
+  target: z.string(),
+  address: z.string(),
+});
+export type AuditEntry = z.infer<typeof auditEntry>;
+
 export const apiKey = z.object({
   id: z.string(),
   name: z.string().nullable(),
@@ -144,6 +189,9 @@ export const apiKey = z.object({
   last_used_at: z.number().nullable(),
   current: z.boolean(), // the one that this session was opened with
   fixed: z.boolean(), // the admin's, which the settings give
+  scopes: z.array(z.string()),
+  expires_at: z.number().nullable(),
+  requests_per_minute: z.number().nullable(),
 });
 export type ApiKey = z.infer<typeof apiKey>;
 export const newKey = z.object({ id: z.string(), key: z.string() });

@@ -1,16 +1,20 @@
 import { ago, bytes, clockTime } from '@/lib/format';
+import { meQuery } from '@/features/session/queries';
 import type { Gpu } from '@/types/api';
 import { Anchor, Text, Title } from '@mantine/core';
+import { useQuery } from '@tanstack/react-query';
 import type { ReactNode } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link } from 'react-router';
+import { Drain } from './Drain';
 import css from './GpuCard.module.css';
 
-type Status = 'ready' | 'training' | 'answering' | 'unreachable' | 'gone';
+type Status = 'ready' | 'draining' | 'training' | 'answering' | 'unreachable' | 'gone';
 
 function statusOf(gpu: Gpu): Status {
   if (!gpu.alive) return 'gone';
   if (!gpu.reachable) return 'unreachable';
+  if (gpu.draining) return 'draining';
   if (gpu.job) return 'training';
   return gpu.active_requests > 0 ? 'answering' : 'ready';
 }
@@ -19,6 +23,7 @@ export function GpuCard({ gpu }: { gpu: Gpu }) {
   const { t, i18n } = useTranslation();
   const status = statusOf(gpu);
   const { device } = gpu;
+  const admin = useQuery(meQuery).data?.admin === true;
   const facts: [string, ReactNode, ReactNode?][] = [
     [
       t('gpus.memory'),
@@ -56,6 +61,14 @@ export function GpuCard({ gpu }: { gpu: Gpu }) {
       t('gpus.tunnel'),
       i18n.exists(`gpus.tunnel_${gpu.tunnel}`) ? t(`gpus.tunnel_${gpu.tunnel}` as 'gpus.tunnel_none') : gpu.tunnel,
     ],
+    ...(gpu.breaker === 'closed'
+      ? []
+      : [
+          [t('gpus.breaker'), t(gpu.breaker === 'open' ? 'gpus.breaker_open' : 'gpus.breaker_half')] as [
+            string,
+            ReactNode,
+          ],
+        ]),
     ...(gpu.runtime_ends_at
       ? [[t('gpus.ends'), clockTime(gpu.runtime_ends_at, i18n.language)] as [string, ReactNode]]
       : []),
@@ -99,6 +112,7 @@ export function GpuCard({ gpu }: { gpu: Gpu }) {
           </li>
         ))}
       </ul>
+      {admin && gpu.alive ? <Drain gpu={gpu} /> : null}
     </article>
   );
 }

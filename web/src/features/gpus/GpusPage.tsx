@@ -3,10 +3,12 @@ import { ErrorNote } from '@/components/ErrorNote';
 import { Fold } from '@/components/Fold';
 import { Icon } from '@/components/Icon';
 import { Page } from '@/components/Page';
+import { meQuery } from '@/features/session/queries';
 import { Button, Skeleton, Text } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import { useState } from 'react';
 import { useTranslation } from 'react-i18next';
+import { Link } from 'react-router';
 import { Connect } from './Connect';
 import { GpuCard } from './GpuCard';
 import css from './GpusPage.module.css';
@@ -15,6 +17,7 @@ import { gpusQuery } from './queries';
 export function GpusPage() {
   const { t } = useTranslation();
   const gpus = useQuery(gpusQuery);
+  const admin = useQuery(meQuery).data?.admin === true;
   const [asked, setAsked] = useState(false);
   const here = gpus.data?.filter((gpu) => gpu.alive) ?? [];
   const gone = gpus.data?.filter((gpu) => !gpu.alive) ?? [];
@@ -24,11 +27,18 @@ export function GpusPage() {
       title={t('gpus.title')}
       lead={t('gpus.lead')}
       actions={
-        asked || none || !gpus.isSuccess ? null : (
-          <Button leftSection={<Icon name="plus" />} onClick={() => setAsked(true)}>
-            {t('gpus.connect')}
-          </Button>
-        )
+        <>
+          {admin ? (
+            <Button component={Link} to="/gpus/tokens" variant="default" leftSection={<Icon name="key" />}>
+              {t('tokens.title')}
+            </Button>
+          ) : null}
+          {asked || none || !gpus.isSuccess ? null : (
+            <Button leftSection={<Icon name="plus" />} onClick={() => setAsked(true)}>
+              {t('gpus.connect')}
+            </Button>
+          )}
+        </>
       }
     >
       <div className={css.cards}>

@@ -2,8 +2,10 @@ import { Brand } from '@/components/Brand';
 import { CopyText } from '@/components/CopyText';
 import { ErrorNote } from '@/components/ErrorNote';
 import { useTitle } from '@/components/Page';
+import { ApiError } from '@/lib/api';
 import { LANGUAGES, setLanguage, type Language } from '@/lib/i18n';
-import { Button, PasswordInput, SegmentedControl, Stack, Text, Title } from '@mantine/core';
+import { Button, PasswordInput, SegmentedControl, Stack, Text, TextInput, Title } from '@mantine/core';
+import { useLocalStorage } from '@mantine/hooks';
 import { useMutation, useQuery, useQueryClient } from '@tanstack/react-query';
 import { useState } from 'react';
 import { useTranslation } from 'react-i18next';
@@ -11,17 +13,19 @@ import { Navigate, useLocation } from 'react-router';
 import { meQuery, signIn } from './queries';
 import css from './SignInPage.module.css';
 
+type Way = 'key' | 'password';
+
+/** By key, or by name and password; the way that was taken last is offered first. */
 export function SignInPage() {
   const { t, i18n } = useTranslation();
   useTitle(t('session.title'));
-  const queryClient = useQueryClient();
   const me = useQuery(meQuery);
-  const [key, setKey] = useState('');
-  const from = (useLocation().state as { from?: string } | null)?.from ?? '/';
-  const entering = useMutation({
-    mutationFn: signIn,
-    onSuccess: (who) => queryClient.setQueryData(meQuery.queryKey, who),
+  const [way, setWay] = useLocalStorage<Way>({
+    key: 'fine-sign-in',
+    defaultValue: 'key',
+    getInitialValueInEffect: false,
   });
+  const from = (useLocation().state as { from?: string } | null)?.from ?? '/';
   if (me.data) return <Navigate to={from} replace />;
   return (
     <main className={css.page}>
@@ -42,44 +46,99 @@ export function SignInPage() {
             {t('session.lead')}
           </Text>
         </div>
-        <form
-          onSubmit={(event) => {
-            event.preventDefault();
-            if (key.trim()) entering.mutate(key.trim());
-          }}
-        >
-          <Stack>
-            <PasswordInput
-              label={t('session.key')}
-              description={t('session.safe')}
-              inputWrapperOrder={['label', 'input', 'description']}
-              placeholder={t('session.placeholder')}
-              value={key}
-              onChange={(event) => setKey(event.currentTarget.value)}
-              autoComplete="current-password"
-              visibilityToggleButtonProps={{ 'aria-label': t('session.show'), tabIndex: 0 }}
-              size="md"
-              spellCheck={false}
-              autoFocus
-              required
-              withAsterisk={false}
-            />
-            {entering.error ? <ErrorNote error={entering.error} /> : null}
-            <Button type="submit" size="md" loading={entering.isPending}>
-              {t('session.submit')}
-            </Button>
-          </Stack>
-        </form>
-        <details className={css.where}>
-          <summary>{t('session.where')}</summary>
-          <Stack gap="xs" mt="xs">
-            <Text size="sm">{t('session.whereAdmin')}</Text>
-            <CopyText text="cat data/relay/admin.key" label="admin.key" />
-            <Text size="sm">{t('session.whereOther')}</Text>
-            <CopyText text="python -m relay keys create --user NAME" label="relay keys create" />
-          </Stack>
-        </details>
+        <SegmentedControl
+          fullWidth
+          aria-label={t('session.how')}
+          value={way}
+          onChange={setWay}
+          data={[
+            { value: 'key', label: t('session.key') },
+            { value: 'password', label: t('session.byPassword') },
+          ]}
+        />
+        <Enter key={way} way={way} />
+        {way === 'key' ? (
+          <details className={css.where}>
+            <summary>{t('session.where')}</summary>
+            <Stack gap="xs" mt="xs">
+              <Text size="sm">{t('session.whereAdmin')}</Text>
+              <CopyText text="cat data/relay/admin.key" label="admin.key" />
+              <Text size="sm">{t('session.whereOther')}</Text>
+              <CopyText text="python -m relay keys create --user NAME" label="relay keys create" />
+            </Stack>
+          </details>
+        ) : (
+          <Text size="sm" c="dimmed">
+            {t('session.noPassword')}
+          </Text>
+        )}
       </div>
     </main>
+  );
+}
+
+function Enter({ way }: { way: Way }) {
+  const { t } = useTranslation();
+  const queryClient = useQueryClient();
+  const [name, setName] = useState('');
+  const [secret, setSecret] = useState('');
+  const entering = useMutation({
+    mutationFn: signIn,
+    onSuccess: async (who) => {
+      queryClient.setQueryData(meQuery.queryKey, who);
+      await queryClient.invalidateQueries({ queryKey: meQuery.queryKey }); // which tells more
+    },
+  });
+  const refused = way === 'password' && entering.error instanceof ApiError && entering.error.status === 401;
+  const byKey = way === 'key';
+  return (
+    <form
+      onSubmit={(event) => {
+        event.preventDefault();
+        if (byKey && secret.trim()) entering.mutate({ key: secret.trim() });
+        if (!byKey && name.trim() && secret) entering.mutate({ name: name.trim(), password: secret });
+      }}
+    >
+      <Stack>
+        {byKey ? null : (
+          <TextInput
+            label={t('session.name')}
+            value={name}
+            onChange={(event) => setName(event.currentTarget.value)}
+            autoComplete="username"
+            autoCapitalize="none"
+            size="md"
+            spellCheck={false}
+            autoFocus
+            required
+            withAsterisk={false}
+          />
+        )}
+        <PasswordInput
+          label={t(byKey ? 'session.key' : 'session.password')}
+          description={byKey ? t('session.safe') : null}
+          inputWrapperOrder={['label', 'input', 'description']}
+          placeholder={byKey ? t('session.placeholder') : ''}
+          value={secret}
+          onChange={(event) => setSecret(event.currentTarget.value)}
+          autoComplete="current-password"
+          visibilityToggleButtonProps={{
+            'aria-label': t(byKey ? 'session.show' : 'session.showPassword'),
+            tabIndex: 0,
+          }}
+          size="md"
+          spellCheck={false}
+          autoFocus={byKey}
+          required
+          withAsterisk={false}
+        />
+        {entering.error ? (
+          <ErrorNote error={refused ? new ApiError(entering.error.message, 401, 'wrong_password') : entering.error} />
+        ) : null}
+        <Button type="submit" size="md" loading={entering.isPending}>
+          {t('session.submit')}
+        </Button>
+      </Stack>
+    </form>
   );
 }

@@ -16,5 +16,6 @@ export const meQuery = queryOptions({
   staleTime: 60_000,
 });
 
-export const signIn = (key: string): Promise<Me> => api.post('/api/session', { key }, me);
+export type Proof = { key: string } | { name: string; password: string };
+export const signIn = (proof: Proof): Promise<Me> => api.post('/api/session', proof, me);
 export const signOut = (): Promise<void> => api.delete('/api/session');

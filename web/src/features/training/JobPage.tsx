@@ -1,34 +1,35 @@
+import { BackLink } from '@/components/BackLink';
 import { ErrorNote } from '@/components/ErrorNote';
-import { Fold } from '@/components/Fold';
 import { Icon } from '@/components/Icon';
 import { Card, Page } from '@/components/Page';
-import { gpusQuery } from '@/features/gpus/queries';
+import { NotifyOffer } from '@/features/notify/NotifyOffer';
 import { ApiError } from '@/lib/api';
-import { clockTime, duration } from '@/lib/format';
-import type { Job, JobEvent } from '@/types/api';
-import { Alert, Anchor, Button, Group, Modal, Progress as Bar, Text } from '@mantine/core';
-import { useDisclosure } from '@mantine/hooks';
-import { useMutation, useQuery } from '@tanstack/react-query';
-import { useEffect, useMemo, useState, type ReactNode } from 'react';
+import { duration } from '@/lib/format';
+import type { Job } from '@/types/api';
+import { Alert, Button, Group, Progress as Bar, Text } from '@mantine/core';
+import { useQuery } from '@tanstack/react-query';
+import { useEffect, useMemo, useState } from 'react';
 import { useTranslation } from 'react-i18next';
-import { Link, useNavigate, useParams } from 'react-router';
+import { Link, useParams } from 'react-router';
+import { Again, Cancel, Pause } from './JobActions';
+import { Events } from './JobEvents';
+import { Facts } from './JobFacts';
 import css from './JobPage.module.css';
 import { LossChart } from './LossChart';
 import { isOpen, progressOf, type Progress } from './progress';
-import { cancelJob, checkpointsQuery, fileQuery, pauseJob, resumeJob } from './queries';
+import { checkpointsQuery } from './queries';
+import { ReportCard } from './ReportCard';
+import { SampleAnswers } from './SampleAnswers';
 import { StatusBadge } from './StatusBadge';
 import { useJobStream } from './useJobStream';
+import { hasVitals, Vitals } from './Vitals';
 
 export function JobPage() {
   const { t } = useTranslation();
   const { id = '' } = useParams();
   const { job, events, connected, error } = useJobStream(id);
   const progress = useMemo(() => progressOf(events), [events]);
-  const back = (
-    <Anchor component={Link} to="/training" size="sm" className={css.back}>
-      <Icon name="left" size={18} /> {t('job.allJobs')}
-    </Anchor>
-  );
+  const back = <BackLink to="/training">{t('job.allJobs')}</BackLink>;
   if (error || !job) {
     return (
       <Page title={t('training.title')} above={back}>
@@ -65,6 +66,21 @@ export function JobPage() {
             </Text>
           )}
         </Card>
+        {hasVitals(progress) ? (
+          <Card title={t(isOpen(job) ? 'run.vitals' : 'run.vitalsEnded')}>
+            <Vitals progress={progress} />
+          </Card>
+        ) : null}
+        {progress.samples.length > 0 || (isOpen(job) && job.sample_prompts.length > 0) ? (
+          <Card title={t('run.samples')}>
+            {progress.samples.length > 0 ? (
+              <SampleAnswers samples={progress.samples} />
+            ) : (
+              <Text c="dimmed">{t('run.samplesNone')}</Text>
+            )}
+          </Card>
+        ) : null}
+        {job.status === 'succeeded' ? <ReportCard job={job} /> : null}
         <Card title={t('job.settings')}>
           <Facts job={job} progress={progress} />
         </Card>
@@ -114,6 +130,7 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
         </div>
       ) : null}
       {isOpen(job) ? <Kept job={job} /> : null}
+      {isOpen(job) ? <NotifyOffer /> : null}
       {job.status === 'succeeded' && job.fine_tuned_model ? (
         <Alert color="fern" variant="light" title={t('job.doneTitle')} icon={<Icon name="check" />}>
           <Text size="sm">{t('job.doneText', { model: job.fine_tuned_model })}</Text>
@@ -141,143 +158,6 @@ function Kept({ job }: { job: Job }) {
     <Text size="sm" c="dimmed">
       {t('job.checkpoints', { count: steps.length, step: steps[0] })}
     </Text>
-  );
-}
-
-function Facts({ job, progress }: { job: Job; progress: Progress }) {
-  const { t } = useTranslation();
-  const file = useQuery(fileQuery(job.training_file));
-  const gpus = useQuery({ ...gpusQuery, refetchInterval: false });
-  const gpu = gpus.data?.find((each) => each.id === job.gpu);
-  const hyper = (name: string) => {
-    const value = job.hyperparameters[name];
-    return typeof value === 'number' ? Number(value.toPrecision(4)).toString() : t('training.auto');
-  };
-  const rows: [string, ReactNode][] = [
-    [t('training.stepModel'), job.model],
-    [
-      t('job.examples'),
-      file.data ? `${file.data.filename} · ${t('training.rows', { count: file.data.rows })}` : job.training_file,
-    ],
-    [
-      t('training.layers'),
-      job.layers.map((spec, i) => (
-        <div key={i}>
-          {spec.method === 'lora' ? `LoRA ${spec.rank ?? ''}` : t('training.method_full')} · {spec.parts.join(', ')} ·{' '}
-          {spec.layers}
-          {spec.match ? ` · ${spec.match}` : ''}
-        </div>
-      )),
-    ],
-    [t('training.epochs'), hyper('n_epochs')],
-    [t('training.batch'), hyper('batch_size')],
-    [t('training.rate'), hyper('learning_rate')],
-    [t('training.length'), hyper('max_length_tokens')],
-    ...(job.gpu ? [[t('job.gpu'), gpu?.name ?? job.gpu] as [string, ReactNode]] : []),
-    ...(job.attempts > 0 ? [[t('job.attempts'), job.attempts] as [string, ReactNode]] : []),
-    ...(progress.tokens ? [[t('job.tokens'), progress.tokens.toLocaleString()] as [string, ReactNode]] : []),
-  ];
-  return (
-    <dl className={css.facts}>
-      {rows.map(([name, value]) => (
-        <div key={name}>
-          <dt>{name}</dt>
-          <dd>{value}</dd>
-        </div>
-      ))}
-    </dl>
-  );
-}
-
-/** What a person would want to know first; every step's line is folded away. */
-function Events({ events }: { events: readonly JobEvent[] }) {
-  const { t, i18n } = useTranslation();
-  const told = events.filter((event) => event.type !== 'metrics' || event.level !== 'info');
-  const steps = events.filter((event) => event.type === 'metrics').slice(-200);
-  const line = (event: JobEvent) => (
-    <li key={event.id} data-level={event.level}>
-      <time dateTime={new Date(event.created_at * 1000).toISOString()}>
-        {clockTime(event.created_at, i18n.language)}
-      </time>
-      <span lang="en">{event.message}</span>
-    </li>
-  );
-  return (
-    <>
-      <ol className={css.events}>{told.map(line)}</ol>
-      {steps.length > 0 ? (
-        <Fold title={`${t('job.step')} (${steps.length})`}>
-          <ol className={`${css.events} ${css.steps}`} tabIndex={0} aria-label={t('job.step')}>
-            {steps.map(line).reverse()}
-          </ol>
-        </Fold>
-      ) : null}
-    </>
-  );
-}
-
-/** Or its opposite. The stream tells what comes of it. */
-function Pause({ job }: { job: Job }) {
-  const { t } = useTranslation();
-  const goesOn = job.pausing || job.status === 'paused';
-  const changing = useMutation({ mutationFn: goesOn ? resumeJob : pauseJob });
-  return (
-    <>
-      {changing.error ? <ErrorNote error={changing.error} /> : null}
-      <Button variant="default" loading={changing.isPending} onClick={() => changing.mutate(job.id)}>
-        {t(goesOn ? 'job.resume' : 'job.pause')}
-      </Button>
-    </>
-  );
-}
-
-function Cancel({ job }: { job: Job }) {
-  const { t } = useTranslation();
-  const [opened, modal] = useDisclosure(false);
-  const cancelling = useMutation({ mutationFn: cancelJob, onSuccess: modal.close });
-  return (
-    <>
-      <Button variant="default" onClick={modal.open}>
-        {t('job.cancel')}
-      </Button>
-      <Modal
-        opened={opened}
-        onClose={modal.close}
-        title={t('job.cancelTitle')}
-        centered
-        closeButtonProps={{ 'aria-label': t('app.close') }}
-      >
-        <Text size="sm">{t('job.cancelText')}</Text>
-        {cancelling.error ? <ErrorNote error={cancelling.error} /> : null}
-        <Group justify="flex-end" mt="lg">
-          <Button variant="default" onClick={modal.close} data-autofocus>
-            {t('job.cancelNo')}
-          </Button>
-          <Button
-            color="red.8"
-
-            loading={cancelling.isPending}
-            onClick={() => cancelling.mutate(job.id)}
-          >
-            {t('job.cancelYes')}
-          </Button>
-        </Group>
-      </Modal>
-    </>
-  );
-}
-
-function Again({ job }: { job: Job }) {
-  const { t } = useTranslation();
-  const navigate = useNavigate();
-  return (
-    <Button
-      variant="default"
-      leftSection={<Icon name="retry" />}
-      onClick={() => void navigate('/training/new', { state: { again: job } })}
-    >
-      {t('job.again')}
-    </Button>
   );
 }
 

@@ -9,6 +9,7 @@ import { useInfiniteQuery } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
 import { Link } from 'react-router';
 import css from './JobsPage.module.css';
+import { methodWords } from './LayersForm';
 import { LayerStrip } from './LayerStrip';
 import { jobsQuery } from './queries';
 import { StatusBadge } from './StatusBadge';
@@ -67,9 +68,7 @@ function JobRow({ job }: { job: Job }) {
         <span className={css.more}>
           {[
             t('training.onModel', { model: job.model.split('/').at(-1) }),
-            job.layers
-              .map((spec) => `${spec.method === 'lora' ? 'LoRA' : t('training.method_full')} ${spec.layers}`)
-              .join(' + '),
+            job.layers.map((spec) => `${t(methodWords(spec.method))} ${spec.layers}`).join(' + '),
             t('training.created', { ago: ago(job.created_at, i18n.language) }),
             took ? t('job.took', { time: took }) : null,
           ]

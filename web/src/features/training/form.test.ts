@@ -9,26 +9,34 @@ it('asks for nothing until there are a model and examples', () => {
   expect(requestOf(filled)).not.toBeNull();
 });
 
-it('sends "auto" for what was left alone, and no alpha, match or name that is empty', () => {
-  expect(requestOf({ ...filled, hyper: { ...EMPTY.hyper, n_epochs: 3 } })).toEqual({
+it('sends only what was chosen, so that the rest is "auto", and nothing that is empty', () => {
+  expect(
+    requestOf({ ...filled, hyper: { n_epochs: 3, packing: false, schedule: 'cosine' }, samples: ['', ' '] }),
+  ).toEqual({
     model: 'm',
     training_file: 'file-1',
     layers: { method: 'lora', parts: ['attn', 'mlp'], layers: 'last:8', rank: 16 },
     method: {
       type: 'supervised',
-      supervised: {
-        hyperparameters: { n_epochs: 3, batch_size: 'auto', learning_rate: 'auto', max_length_tokens: 'auto' },
-      },
+      supervised: { hyperparameters: { n_epochs: 3, schedule: 'cosine', packing: false } },
     },
   });
 });
 
-it('leaves out of LoRA what has no matrices, and rank out of full training', () => {
+it('leaves out of LoRA what has no matrices, and out of full training what only LoRA has', () => {
   expect(specOf({ ...filled, parts: ['attn', 'norm'] }).parts).toEqual(['attn']);
-  expect(specOf({ ...filled, method: 'full', parts: ['norm'] })).toEqual({
+  expect(specOf({ ...filled, method: 'full', parts: ['norm'], rslora: true, quantize: '4bit', alpha: 3 })).toEqual({
     method: 'full',
     parts: ['norm'],
     layers: 'last:8',
+  });
+  expect(specOf({ ...filled, method: 'dora', rslora: true, quantize: '8bit' })).toEqual({
+    method: 'dora',
+    parts: ['attn', 'mlp'],
+    layers: 'last:8',
+    rank: 16,
+    rslora: true,
+    quantize: '8bit',
   });
 });
 
@@ -38,12 +46,24 @@ it('takes only names that can be part of a model id', () => {
 });
 
 it('fills itself from an earlier job', () => {
-  const request = requestOf({ ...filled, suffix: 'captain', layers: '3-5' });
+  const form = {
+    ...filled,
+    suffix: 'captain',
+    layers: '3-5',
+    method: 'dora' as const,
+    validationId: 'file-2',
+    samples: ['Ahoy?'],
+    hyper: { n_epochs: 2, prefix_cache: true },
+  };
+  const request = requestOf(form);
   const again = formOf({
     model: 'm',
     training_file: 'file-1',
+    validation_file: 'file-2',
     user_provided_suffix: 'captain',
-    layers: [specOf({ ...filled, layers: '3-5' })],
+    layers: [specOf(form)],
+    hyperparameters: { n_epochs: 2, batch_size: 'auto', prefix_cache: true, unheard_of: 3 },
+    sample_prompts: ['Ahoy?'],
   });
   expect(requestOf(again)).toEqual(request);
 });

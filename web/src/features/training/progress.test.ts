@@ -51,3 +51,28 @@ it('takes an event that was said twice once', () => {
   const events = [step(1, 1)];
   expect(merge(events, [...events, step(2, 1)])).toHaveLength(2);
 });
+
+it('keeps what is told beside the loss, the answers, and what "auto" has become', () => {
+  const said = [{ prompt: 'Ahoy?', answer: 'Arr!' }];
+  const progress = progressOf([
+    event('message', { hyperparameters: { n_epochs: 3 }, total_steps: 9 }),
+    event('metrics', {
+      step: 1,
+      train_loss: 3,
+      learning_rate: 0.1,
+      gradient_norm: 2,
+      tokens_per_s: 50,
+      memory_bytes: 7,
+    }),
+    event('metrics', { step: 2, validation_loss: 2.5, perplexity: 12.2, samples: said }),
+    event('metrics', { step: 3, samples: 'no answers' }),
+  ]);
+  expect(progress.readings).toMatchObject({
+    learning_rate: [{ step: 1, value: 0.1 }],
+    tokens_per_s: [{ step: 1, value: 50 }],
+    perplexity: [{ step: 2, value: 12.2 }],
+  });
+  expect(progress.samples).toEqual([{ step: 2, answers: said }]);
+  expect(progress.chosen).toEqual({ n_epochs: 3 });
+  expect(progress.valid).toEqual([{ step: 2, loss: 2.5 }]);
+});

@@ -1,6 +1,7 @@
-import { api } from '@/lib/api';
-import { checkpoint, file, job, list, modelLayers, preview, type Job, type LayerSpec } from '@/types/api';
+import { api, ApiError, download } from '@/lib/api';
+import { checkpoint, file, job, list, modelLayers, preview, report, type Job, type LayerSpec } from '@/types/api';
 import { infiniteQueryOptions, queryOptions } from '@tanstack/react-query';
+import type { HyperValue } from './form';
 
 export const JOBS_A_PAGE = 20;
 
@@ -60,15 +61,17 @@ export const previewQuery = (model: string, spec: LayerSpec, training: Training)
 /** What decides how long it takes; the data set once one is chosen. */
 export interface Training {
   data?: { rows: number; bytes: number };
-  hyperparameters: Record<string, number | 'auto'>;
+  hyperparameters: Record<string, HyperValue>;
 }
 
 export interface NewJob {
   model: string;
   training_file: string;
   suffix?: string;
+  validation_file?: string;
+  sample_prompts?: string[];
   layers: LayerSpec;
-  method: { type: 'supervised'; supervised: { hyperparameters: Record<string, number | 'auto'> } };
+  method: { type: 'supervised'; supervised: { hyperparameters: Record<string, HyperValue> } };
 }
 
 export const createJob = (asked: NewJob): Promise<Job> => api.post('/v1/fine_tuning/jobs', asked, job);
@@ -76,3 +79,21 @@ export const cancelJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning
 export const pauseJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/pause`, {}, job);
 export const resumeJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/resume`, {}, job);
 export const deleteFile = (id: string): Promise<void> => api.delete(`/v1/files/${id}`);
+
+/** What the run has written about itself; null for runs that wrote nothing. */
+export const reportQuery = (id: string) =>
+  queryOptions({
+    queryKey: ['report', id],
+    queryFn: async ({ signal }) => {
+      try {
+        return await api.get(`/v1/fine_tuning/jobs/${id}/report`, report, signal);
+      } catch (error) {
+        if (error instanceof ApiError && error.status === 404) return null;
+        throw error;
+      }
+    },
+    staleTime: Infinity,
+  });
+
+export const downloadReport = (id: string): Promise<void> =>
+  download(`/v1/fine_tuning/jobs/${id}/report.html`, `report-${id}.html`);

@@ -1,0 +1,121 @@
+import { Fold } from '@/components/Fold';
+import { Chip, NumberInput, SegmentedControl, Select, Switch, Text, TextInput } from '@mantine/core';
+import { useTranslation } from 'react-i18next';
+import { canHave, METHODS, PARTS, QUANTIZE, type Form, type Method, type Part, type Quantize } from './form';
+import css from './NewJobPage.module.css';
+
+/** A part of the form, and how it changes the whole. */
+export interface Piece {
+  form: Form;
+  set: (fields: Partial<Form>) => void;
+}
+
+export function MethodPicker({ form, set }: Piece) {
+  const { t } = useTranslation();
+  return (
+    <div>
+      <Text size="sm" fw={500} mb={4} id="method">
+        {t('training.method')}
+      </Text>
+      <SegmentedControl
+        aria-labelledby="method"
+        value={form.method}
+        onChange={(method) => set({ method })}
+        data={METHODS.map((method) => ({ value: method, label: t(methodWords(method)) }))}
+      />
+      <Text size="sm" c="dimmed" mt={6}>
+        {t(`${methodWords(form.method)}_text`)}
+      </Text>
+    </div>
+  );
+}
+
+export function Parts({ form, set, has }: Piece & { has: (part: Part) => boolean }) {
+  const { t } = useTranslation();
+  const offered = PARTS.filter((part) => canHave(form.method, part) && has(part));
+  return (
+    <div>
+      <Text size="sm" fw={500} mb={6} id="parts">
+        {t('training.parts')}
+      </Text>
+      <div className={css.parts} role="group" aria-labelledby="parts">
+        {offered.map((part) => (
+          <Chip
+            key={part}
+            checked={form.parts.includes(part)}
+            onChange={(on) => set({ parts: on ? [...form.parts, part] : form.parts.filter((each) => each !== part) })}
+          >
+            {t(`training.part_${part}`)}
+          </Chip>
+        ))}
+      </div>
+      <Text size="sm" c="dimmed" mt={6}>
+        {offered
+          .filter((part) => form.parts.includes(part))
+          .map((part) => `${t(`training.part_${part}`)}: ${t(`training.part_${part}_text`)}`)
+          .join(' · ')}
+      </Text>
+    </div>
+  );
+}
+
+export function Finer({ form, set }: Piece) {
+  const { t } = useTranslation();
+  return (
+    <Fold
+      title={t('training.finer')}
+      mark={form.match !== '' || form.alpha !== null || form.rslora || form.quantize !== 'none'}
+    >
+      <div className={css.pair}>
+        {form.method !== 'full' ? (
+          <>
+            <NumberInput
+              label={t('training.rank')}
+              description={t('training.rankText')}
+              value={form.rank}
+              onChange={(value) => typeof value === 'number' && set({ rank: value })}
+              min={1}
+              max={1024}
+              allowDecimal={false}
+            />
+            <NumberInput
+              label={t('training.alpha')}
+              description={t('training.alphaText')}
+              value={form.alpha ?? ''}
+              placeholder={String(2 * form.rank)}
+              onChange={(value) => set({ alpha: typeof value === 'number' ? value : null })}
+              min={0.1}
+              max={65_536}
+            />
+            <Switch
+              label={t('hyper.rslora')}
+              description={t('hyper.rsloraText')}
+              checked={form.rslora}
+              onChange={(event) => set({ rslora: event.currentTarget.checked })}
+            />
+            <Select
+              label={t('hyper.quantize')}
+              description={t('hyper.quantizeText')}
+              value={form.quantize}
+              onChange={(quantize) => set({ quantize: quantize as Quantize })}
+              data={QUANTIZE.map((bits) => ({ value: bits, label: t(`hyper.quantize_${bits}`) }))}
+              allowDeselect={false}
+            />
+          </>
+        ) : null}
+        <TextInput
+          label={t('training.match')}
+          description={t('training.matchText')}
+          value={form.match}
+          onChange={(event) => set({ match: event.currentTarget.value })}
+          maxLength={500}
+          spellCheck={false}
+          autoComplete="off"
+        />
+      </div>
+    </Fold>
+  );
+}
+
+export const methodWords = (method: Method) =>
+  method === 'dora' ? ('hyper.method_dora' as const) : (`training.method_${method}` as const);

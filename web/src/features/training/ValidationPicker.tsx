@@ -1,0 +1,28 @@
+import { Select } from '@mantine/core';
+import { useQuery } from '@tanstack/react-query';
+import { useTranslation } from 'react-i18next';
+import type { Piece } from './LayersForm';
+import { filesQuery } from './queries';
+
+/** A second of the uploaded files, which the model is tested with and never learns from. */
+export function ValidationPicker({ form, set }: Piece) {
+  const { t } = useTranslation();
+  const others = useQuery(filesQuery).data?.filter((each) => each.id !== form.fileId) ?? [];
+  if (others.length === 0) return null;
+  return (
+    <Select
+      label={t('hyper.validation')}
+      description={t('hyper.validationText')}
+      value={others.some((each) => each.id === form.validationId) ? form.validationId : ''}
+      onChange={(id) => set({ validationId: id || null })}
+      data={[
+        { value: '', label: t('hyper.validationNone') },
+        ...others.map((each) => ({
+          value: each.id,
+          label: `${each.filename} · ${t('training.rows', { count: each.rows })}`,
+        })),
+      ]}
+      allowDeselect={false}
+    />
+  );
+}

@@ -1,0 +1,58 @@
+/** Words of one's own account. */
+import type { Words } from './type';
+
+const en = {
+  title: 'Your account',
+  lead: 'You are {{name}}.',
+  password: 'Password',
+  passwordHave: 'You can sign in with your name and this password, beside your keys.',
+  passwordNone: 'You have none yet. With one you can sign in by your name, {{name}}, beside your keys.',
+  current: 'The password as it is',
+  new: 'The new password',
+  newText: '10 characters at least.',
+  tooShort: '10 characters at least.',
+  wrong: 'This is not the password. Try again, or ask the admin for a new one.',
+  change: 'Change the password',
+  set: 'Set the password',
+  changed: 'The password is changed. Sessions that were opened with the old one have ended.',
+  delete: 'Delete the account',
+  deleteText: 'Your account and all that is yours goes, and can’t be brought back.',
+  deleteAdmin: 'The admin’s own account can’t be deleted: the relay needs it.',
+  deleteOpen: 'Delete my account …',
+  deleteTitle: 'Delete your account with everything?',
+  deleteAsk: 'Say once more who you are:',
+  deleteBy: 'Prove it by',
+  byPassword: 'Password',
+  byKey: 'Key',
+  deleteYes: 'Delete everything of mine',
+  notYou: 'This is not your password, or not a key of yours without limits. Try again with the other one.',
+};
+
+const ko: Words<typeof en> = {
+  title: '내 계정',
+  lead: '{{name}} 님의 계정입니다.',
+  password: '비밀번호',
+  passwordHave: '키 말고도 이름과 이 비밀번호로 로그인할 수 있습니다.',
+  passwordNone: '아직 없습니다. 정해 두면 키 말고도 {{name}}(이)라는 이름으로 로그인할 수 있습니다.',
+  current: '지금 비밀번호',
+  new: '새 비밀번호',
+  newText: '10자 이상.',
+  tooShort: '10자 이상이어야 합니다.',
+  wrong: '비밀번호가 다릅니다. 다시 시도하거나, 관리자에게 새로 정해 달라고 하세요.',
+  change: '비밀번호 바꾸기',
+  set: '비밀번호 정하기',
+  changed: '비밀번호를 바꾸었습니다. 이전 비밀번호로 연 세션은 끝났습니다.',
+  delete: '계정 삭제',
+  deleteText: '계정과 내 것이 모두 사라지며 되돌릴 수 없습니다.',
+  deleteAdmin: '관리자 계정은 릴레이에 꼭 필요해서 삭제할 수 없습니다.',
+  deleteOpen: '내 계정 삭제 …',
+  deleteTitle: '계정을 모두 삭제할까요?',
+  deleteAsk: '본인인지 한 번 더 확인합니다.',
+  deleteBy: '확인 방법',
+  byPassword: '비밀번호',
+  byKey: '키',
+  deleteYes: '내 것을 모두 삭제하기',
+  notYou: '내 비밀번호나 제한 없는 내 키가 아닙니다. 다른 방법으로 다시 시도하세요.',
+};
+
+export const account = { en, ko };
