@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 from demo.model import NAME
 from tests.conftest import ROOT
@@ -49,6 +49,7 @@ def page_built() -> None:
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
     path = program("chromium", "chromium-browser", "google-chrome")
+    expect.set_options(timeout=20_000)  # a machine that does other things too
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
