@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 import wire
-from tests.chaos.world import World
+from tests.chaos.world import Way, World
 from tests.conftest import ROOT, TINY
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu
 
@@ -69,10 +69,10 @@ def as_relay(world: World, name: str, method: str, target: str, body: bytes, **c
     return wire.sign(asked["key"], asked["by"], method, target, wire.body_sha256(body), asked["now"])
 
 
-async def test_replayed_stale_altered_and_misdirected_requests_to_a_gpu_are_refused(world: World) -> None:
-    """By somebody who can read what passes through a tunnel, or keeps it."""
-    gpu = await world.gpu("first")
-    await world.gpu("second")
+async def test_replayed_stale_altered_and_misdirected_requests_to_a_gpu_are_refused(world: World, way: Way) -> None:
+    """By somebody who can read what passes through a tunnel, or keeps it. A gpu that dials out has a port too."""
+    gpu = await world.gpu("first", way)
+    await world.gpu("second", way)
     await world.until_reachable("first", "second")
     target = "/v1/completions"
     body = json.dumps({"model": TINY, "prompt": "Hi", "max_tokens": 2}).encode()
@@ -109,8 +109,8 @@ async def test_replayed_stale_altered_and_misdirected_requests_to_a_gpu_are_refu
     assert (await world.http.post(target, content=body)).status_code == 200, "and the relay itself is still heard"
 
 
-async def test_replayed_stale_altered_and_misdirected_requests_to_the_relay_are_refused(world: World) -> None:
-    gpu, other = await world.double("http", fine), await world.double("http", fine)
+async def test_replayed_stale_altered_and_misdirected_requests_to_the_relay_are_refused(world: World, way: Way) -> None:
+    gpu, other = await world.double(way, fine), await world.double(way, fine)
     target = "/gpu/heartbeat"
 
     def signed(method: str = "POST", target: str = target, by: DoubleGpu = gpu, age_s: float = 0) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tests.chaos.test_jobs import OVER, ended_once, events, job_of, said, start_
 from tests.chaos.world import LEASE_S, PATIENCE_S, Way, World
 from tests.conftest import TINY
 from tests.relay.conftest import CHAT_ROW
+from tests.relay.dialler import DiallingGpu
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, held
 
 ASK: Any = {"model": TINY, "prompt": "Once upon a time", "max_tokens": 20, "temperature": 0}
@@ -111,8 +112,8 @@ async def test_a_relay_killed_at_random_under_load_loses_nothing_that_was_acknow
     assert world.half_stored() == []
 
 
-async def test_after_a_restart_every_lease_has_a_full_term_of_grace(world: World) -> None:
-    gpu = await world.double("http", fine)
+async def test_after_a_restart_every_lease_has_a_full_term_of_grace(world: World, way: Way) -> None:
+    gpu = await world.double(way, fine)
     job_id = await start_job(world, n_epochs=1, model=BASE)
     grant = await gpu.next_grant()
     await world.relay.stop(signal.SIGKILL)
@@ -170,10 +171,10 @@ async def test_a_database_that_stays_locked_is_a_503_and_nothing_is_lost(world: 
 
 
 @pytest.mark.long
-async def test_two_hundred_gpus_that_came_and_went_leave_the_relay_as_small_as_before(world: World) -> None:
+async def test_two_hundred_gpus_that_came_and_went_leave_the_relay_as_small_as_before(world: World, way: Way) -> None:
     sizes, series = [], []
     for _ in range(4):
-        await asyncio.gather(*(come_and_go(world) for _ in range(50)))
+        await asyncio.gather(*(come_and_go(world, way) for _ in range(50)))
         sizes.append(world.memory_bytes())
         series.append(await metric_series(world))
     assert (await world.http.get("/api/gpus")).status_code == 200
@@ -192,10 +193,14 @@ async def metric_series(world: World) -> set[str]:
     return {line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")}
 
 
-async def come_and_go(world: World) -> None:
-    gpu = DoubleGpu(world.relay.url, world.relay.secret("enrol.token"), time.time, [BASE])
-    async with gpu.serving():
-        assert (await gpu.enrol()).status_code == 200
+async def come_and_go(world: World, way: Way) -> None:
+    kind = DiallingGpu if way == "dialled" else DoubleGpu
+    gpu = kind(world.relay.url, world.relay.secret("enrol.token"), time.time, [BASE])
+    async with gpu.dialling(world.relay.url) if isinstance(gpu, DiallingGpu) else gpu.serving():
+        if isinstance(gpu, DiallingGpu):
+            await gpu.enrol_and_tell()
+        else:
+            assert (await gpu.enrol()).status_code == 200
         await gpu.until_reachable()
         await world.http.post("/v1/chat/completions", json={"model": BASE, "messages": []})
         goodbye = await gpu.call("POST", "/gpu/goodbye", wire.Goodbye(reason="the notebook ended"))
