@@ -124,7 +124,7 @@ async def test_a_gpu_stopped_past_its_lease_and_continued_writes_nothing_more_an
 ) -> None:
     first = await world.gpu("first", way)
     await world.until_reachable("first")
-    job_id = await start_job(world, n_epochs=30)
+    job_id = await start_job(world, n_epochs=15)
     await until_step(world, job_id, 1)
     first.signal(signal.SIGSTOP)
     await until_status(world, job_id, "queued")
