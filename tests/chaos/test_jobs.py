@@ -179,16 +179,14 @@ EPOCHS_OF_KILLED = 10  # 200 steps
 @pytest.mark.timeout(900)
 async def test_training_killed_at_random_steps_across_gpus_ends_with_the_same_weights(world: World, way: Way) -> None:
     """Each lease gets as far as a checkpoint, so none of the ten costs an attempt that could end the job."""
-    quick = {"GPU_CHECKPOINT_EVERY_S": "0.05"}
-    gpus = [await world.gpu("first", way, **quick), await world.gpu("second", way, **quick)]
+    gpus = [await world.gpu(name, way, GPU_CHECKPOINT_EVERY_S="0.05") for name in ("first", "second")]
     await world.until_reachable("first", "second")
     never_killed = await start_job(world, n_epochs=EPOCHS_OF_KILLED)
     await until_status(world, never_killed, *OVER)
     chance = random.Random(11)
     job_id = await start_job(world, n_epochs=EPOCHS_OF_KILLED)
     for n in range(1, KILLS + 1):
-        stored = saved_step(world, job_id)
-        await world.eventually(lambda before=stored: saved_step(world, job_id) > before)
+        await until_saved_after(world, job_id, saved_step(world, job_id))
         await until_step_of_lease(world, job_id, n, saved_step(world, job_id) + chance.randint(0, 8))
         row = world.rows("select gpus.name from jobs join gpus on gpus.id = jobs.gpu_id where jobs.id = ?", job_id)
         assert row, "the job was over before it was killed often enough"
@@ -200,6 +198,10 @@ async def test_training_killed_at_random_steps_across_gpus_ends_with_the_same_we
     assert said(world, job_id, "Given to gpu") == KILLS + 1
     assert weights_sha256(world, job_id) == weights_sha256(world, never_killed)
     ended_once(world, job_id)
+
+
+async def until_saved_after(world: World, job_id: str, step: int) -> None:
+    await world.eventually(lambda: saved_step(world, job_id) > step)
 
 
 def saved_step(world: World, job_id: str) -> int:

@@ -96,7 +96,7 @@ class Jobs(RuleBasedStateMachine):
             await self._serve()
             made = await self.relay.http.post("/api/keys", json={"user": "other", "name": "theirs"})
             self.keys = [ADMIN_KEY, made.json()["key"]]
-            self.files = []
+            self.files: list[str] = []
             for key in self.keys:
                 upload = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", CHAT_ROW.encode())}}
                 self.files.append((await self._ask(key, "POST", "/v1/files", **upload)).json()["id"])
@@ -347,7 +347,7 @@ class Jobs(RuleBasedStateMachine):
 
 
 def run(examples: int, steps: int) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Jobs,
         settings=settings(
             max_examples=examples,
