@@ -262,6 +262,7 @@ class Jobs:
                     lease.take(Stored(item, plan, before_s + elapsed_s, made_on, self._link.now()))
                     if run.reason:
                         await lease.settled()
+                        lease.says_what_is_lost(item.step)
                         raise GivenBack
                     continue
                 if isinstance(item, train.Trained):

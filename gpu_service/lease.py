@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 UPLOAD_SHARE = 0.1  # of the time that writing and uploading take: what the training beside them loses
 TRIES = 3  # of a checkpoint of which the relay misses a chunk
 NO_ROOM = ("quota_exceeded", "disk_full")  # the user's to solve
+AGAIN = ("blob_missing", "over_reservation")  # the next try sends what is missing, or meets what is freed
 
 
 class Log(Protocol):
@@ -78,6 +79,8 @@ class Lease:
         self._idle.set()
         self._on_disk: list[wire.Checkpoint] = []  # oldest first
         self._complaint = ""
+        self._reserved: wire.Reservation | None = None
+        self._stored_step = 0  # of the checkpoint that the job would go on from
         self._damaged: set[str] = set()  # chunks that the relay believes to have
 
     async def reserve(self, checkpoint_bytes: int, result_bytes: int, estimated_s: float) -> None:
@@ -86,13 +89,27 @@ class Lease:
             fence=self._fence, checkpoint_bytes=checkpoint_bytes, result_bytes=result_bytes, estimated_s=estimated_s
         )
         try:
-            await persist(self._link, lambda: self._link.post(f"{self._path}/reserve", message), full_is_away=False)
+            await self._reserve(message)
         except RelayFull as exc:
             raise Refused(exc.message, code=exc.code) from exc
         except Refused as exc:
             if exc.reason in NO_ROOM:
                 raise Refused(exc.message, code=exc.reason) from exc
             log.warning("job %s: nothing is reserved: %s", self._spec.job_id, exc.message)
+
+    async def _reserve(self, message: wire.Reservation) -> None:
+        await persist(self._link, lambda: self._link.post(f"{self._path}/reserve", message), full_is_away=False)
+        self._reserved = message
+
+    def says_what_is_lost(self, step: int) -> None:
+        """Before the job is given back at `step`, if its last checkpoint found no room."""
+        if step > self._stored_step:
+            at = f"goes on from the checkpoint of step {self._stored_step}" if self._stored_step else "begins again"
+            self._told.say(
+                f"The job stops at step {step}, whose checkpoint could not be stored: it {at} when it is resumed, and "
+                f"the steps since are trained again.",
+                level="warn",
+            )
 
     async def release(self, reason: Literal["paused", "drained", "leaving"]) -> None:
         message = wire.Release(fence=self._fence, reason=reason)
@@ -112,7 +129,7 @@ class Lease:
             except (BadCheckpoint, BadBlob, Refused, OSError) as exc:
                 self._told.say(f"The checkpoint of step {checkpoint.step} can't be used: {exc}.", level="warn")
                 continue
-            self._on_disk = [checkpoint]
+            self._on_disk, self._stored_step = [checkpoint], checkpoint.step
             return found
         if self._spec.checkpoints:
             self._told.say("No checkpoint can be used: the job begins at its beginning.", level="warn")
@@ -204,22 +221,29 @@ class Lease:
         checkpoint = await asyncio.to_thread(checkpoints.save, self._cache, self._hash, stored)
         chunks = checkpoints.chunks(checkpoint)
         with self._cache.keep(*(chunk.sha256 for chunk in chunks)):
+            await self._reserve_more(sum(chunk.bytes for chunk in chunks))
             for left in reversed(range(TRIES)):
-                for chunk in chunks:
-                    await persist(self._link, lambda: self._upload(chunk), full_is_away=False)  # noqa: B023
                 try:
+                    for chunk in chunks:
+                        await persist(self._link, partial(self._upload, chunk), full_is_away=False)
                     message = wire.CheckpointStored(fence=self._fence, checkpoint=checkpoint)
                     await persist(
                         self._link,
-                        lambda: self._link.post(f"{self._path}/checkpoints", message),  # noqa: B023
+                        partial(self._link.post, f"{self._path}/checkpoints", message),
                         full_is_away=False,
                     )
                     break
                 except Refused as exc:
-                    if exc.reason != "blob_missing" or not left:
+                    if exc.reason not in AGAIN or not left:
                         raise
             log.info("job %s: the checkpoint of step %d is stored", self._spec.job_id, checkpoint.step)
+        self._stored_step = checkpoint.step
         self._forget_older(checkpoint)
+
+    async def _reserve_more(self, checkpoint_bytes: int) -> None:
+        """Where checkpoints turn out larger than was thought. Raises Refused, RelayFull."""
+        if self._reserved and checkpoint_bytes > self._reserved.checkpoint_bytes:
+            await self._reserve(self._reserved.model_copy(update={"checkpoint_bytes": checkpoint_bytes}))
 
     async def _upload(self, chunk: wire.ChunkRef) -> None:
         path = await asyncio.to_thread(self._cache.path, chunk.sha256)

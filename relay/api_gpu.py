@@ -23,7 +23,7 @@ from relay.metrics import Metrics
 from relay.models import Models
 from relay.settings import Settings
 from relay.store import Clock
-from relay.uploads import Part, Uploads
+from relay.uploads import Part, Upload, Uploads
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -155,9 +155,8 @@ def router(api: GpuApi) -> APIRouter:
         """Of the result."""
         by = await promised(request, sha256)
         await api.leases.finalize(by, job_id, fence)
-        limit_bytes = api.settings.max_adapter_bytes
-        size_bytes = await api.uploads.take(by, job_id, fence, "result", sha256, request.stream(), limit_bytes)
-        return JSONResponse({"bytes": size_bytes})
+        upload = Upload("result", sha256, request.stream(), api.settings.max_adapter_bytes)
+        return JSONResponse({"bytes": await api.uploads.take(by, job_id, fence, upload)})
 
     @routes.head("/jobs/{job_id}/chunks/{sha256}")
     async def has_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> Response:
@@ -167,10 +166,8 @@ def router(api: GpuApi) -> APIRouter:
     async def put_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
         """Of a checkpoint that is on its way."""
         by = await promised(request, sha256)
-        await api.leases.check_lease(by, job_id, fence)
-        limit_bytes = wire.MAX_CHUNK_BYTES
-        size_bytes = await api.uploads.take(by, job_id, fence, "chunk", sha256, request.stream(), limit_bytes)
-        return JSONResponse({"bytes": size_bytes})
+        upload = Upload("chunk", sha256, request.stream(), wire.MAX_CHUNK_BYTES)
+        return JSONResponse({"bytes": await api.uploads.take(by, job_id, fence, upload)})
 
     @routes.post("/jobs/{job_id}/reserve")
     async def reserve(job_id: str, request: Request) -> JSONResponse:

@@ -24,6 +24,7 @@ from relay.jobs import Jobs, NewJob
 from relay.limits import Limits
 from relay.models import Model, Models
 from relay.proxy import Ask, Proxy
+from relay.room import Room
 from relay.sessions import Sessions
 from relay.settings import Settings
 from relay.waiting import MAX_WAIT_S, Waiting
@@ -49,6 +50,7 @@ class OpenAIApi:
     files: Files
     models: Models
     blobs: Blobs
+    room: Room
     client: GpuClient
     proxy: Proxy
     waiting: Waiting
@@ -172,7 +174,10 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
         if int(request.headers.get("content-length") or 0) > limit_bytes + FORM_OVERHEAD_BYTES:
             raise errors.TooLarge(f"larger than {limit_bytes:,} bytes, which is the limit here: send less")
         form = Form(request.headers.get("content-type"))
-        async with api.blobs.incoming(limit_bytes) as incoming:
+        bound = await api.room.for_file(user.id, limit_bytes)
+        if bound.bytes <= 0:
+            raise bound.past  # before anything is sent
+        async with api.blobs.incoming(bound) as incoming:
             await form.read(request.stream(), incoming.write, limit_bytes + FORM_OVERHEAD_BYTES)
             if form.filename is None:
                 raise errors.InvalidRequest("file: is missing", param="file")

@@ -28,6 +28,7 @@ from relay.page import Page
 from relay.passwords import MAX_CHARS, Passwords, network
 from relay.people import People
 from relay.proxy import Ask
+from relay.room import Room
 from relay.sessions import SESSION_S, Sessions, check_same_site, cookie_name
 from relay.settings import Settings
 from relay.store import Clock
@@ -94,6 +95,7 @@ class UiApi:
     gpus: Gpus
     jobs: Jobs
     models: Models
+    room: Room
     generations: Generations
     page: Page
     settings: Settings
@@ -199,7 +201,16 @@ def _session(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/me")
     async def me(request: Request) -> JSONResponse:
         user = await api.user(request)
-        return JSONResponse(_me(user) | {"has_password": await api.passwords.has(user.id)})
+        usage = await api.room.usage(user.id)
+        storage = {
+            "quota_bytes": api.settings.user_quota_bytes or None,
+            "used_bytes": usage.total,
+            "files_bytes": usage.files,
+            "models_bytes": usage.models,
+            "jobs_bytes": usage.jobs,
+        }
+        more = {"has_password": await api.passwords.has(user.id), "storage": storage}
+        return JSONResponse(_me(user) | more)
 
     @routes.delete("/me")
     async def delete_me(request: Request) -> JSONResponse:

@@ -42,6 +42,7 @@ from relay.page import Page
 from relay.passwords import Passwords
 from relay.people import People
 from relay.proxy import Proxy
+from relay.room import Room
 from relay.sessions import Sessions
 from relay.settings import Settings, secret
 from relay.store import Clock, Store
@@ -90,9 +91,10 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
-    checkpoints = Checkpoints(store, blobs, leases, settings, clock)
-    uploads = Uploads(store, blobs, leases)
-    files = Files(store, blobs, clock)
+    room = Room(store, blobs, settings)
+    checkpoints = Checkpoints(store, blobs, leases, room, clock)
+    uploads = Uploads(store, blobs, leases, room)
+    files = Files(store, blobs, room, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping, metrics)
     proxy = Proxy(gpus, client, stopping, metrics)
@@ -151,7 +153,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.state.page = page
     app.state.metrics = metrics
     openai = api_openai.OpenAIApi(
-        sessions, limits, gpus, jobs, files, models, blobs, client, proxy, waiting, dispatcher, settings
+        sessions, limits, gpus, jobs, files, models, blobs, room, client, proxy, waiting, dispatcher, settings
     )
     app.include_router(api_openai.router(openai))
     app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
@@ -185,6 +187,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         gpus,
         jobs,
         models,
+        room,
         generations,
         page,
         settings,

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +23,21 @@ CHUNK_BYTES = 2**18  # read at once
 BUFFER_BYTES = 2**20  # written at once
 
 
+@dataclass(frozen=True)
+class Bound:
+    """So much may come; past it, that error."""
+
+    bytes: int
+    past: errors.RelayError
+
+
 class Incoming:
     """A blob on its way in. What is not kept disappears."""
 
-    def __init__(self, path: Path, limit_bytes: int) -> None:
+    def __init__(self, path: Path, bound: Bound) -> None:
         self.path = path
         self.bytes = 0
-        self._limit_bytes = limit_bytes
+        self._bound = bound
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
         self._file: IO[bytes] = path.open("wb")
@@ -38,10 +47,10 @@ class Incoming:
         return self._hash.hexdigest()
 
     async def write(self, chunk: bytes) -> None:
-        """Raises TooLarge as soon as it is."""
+        """Raises the bound's error as soon as it is passed."""
         self.bytes += len(chunk)
-        if self.bytes > self._limit_bytes:
-            raise errors.TooLarge(f"larger than {self._limit_bytes:,} bytes, which is the limit here: send less")
+        if self.bytes > self._bound.bytes:
+            raise self._bound.past
         self._buffer += chunk
         if len(self._buffer) >= BUFFER_BYTES:
             await self._flush()
@@ -92,10 +101,13 @@ class Blobs:
             shutil.rmtree(self._incoming, ignore_errors=True)
             self._lock.close()
 
+    def free_bytes(self) -> int:
+        """Of the disk, beside what stays free in any case; may be below 0."""
+        return shutil.disk_usage(self._root).free - self._min_free_bytes
+
     def check_room(self, bytes: int) -> None:
         """Raises DiskFull if so much more would not fit."""
-        free_bytes = shutil.disk_usage(self._root).free - self._min_free_bytes
-        if bytes > free_bytes:
+        if bytes > (free_bytes := self.free_bytes()):
             raise errors.DiskFull(
                 f"the relay's disk has room for {max(0, free_bytes):,} bytes more, and {bytes:,} are needed: "
                 "its administrator must make room"
@@ -112,11 +124,11 @@ class Blobs:
             return None
 
     @contextlib.asynccontextmanager
-    async def incoming(self, limit_bytes: int) -> AsyncIterator[Incoming]:
+    async def incoming(self, bound: Bound) -> AsyncIterator[Incoming]:
         """Write to it, finish it, then keep it or leave. Raises DiskFull, also in the middle."""
         self.check_room(1)
         try:
-            incoming = Incoming(self._incoming / secrets.token_hex(8), limit_bytes)
+            incoming = Incoming(self._incoming / secrets.token_hex(8), bound)
             try:
                 yield incoming
             finally:

@@ -4,7 +4,7 @@ A checkpoint exists once its manifest is stored, after all of its chunks. The la
 job is not over. Knows nothing of HTTP, nor of what is in a checkpoint.
 """
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
@@ -12,21 +12,22 @@ from relay import errors, refs
 from relay.blobs import Blobs
 from relay.jobs import checkpoint_holder, drop_checkpoints
 from relay.leases import Leases
-from relay.settings import Settings
+from relay.room import Room
 from relay.store import Clock, Store
 from relay.sweep import letting_go
-from relay.tables import checkpoints, files, jobs, models
+from relay.tables import checkpoints, jobs
 
 LAST_KEPT = 2
 AT_ONCE = LAST_KEPT + 2  # with the best, and the one on its way
+BESIDES_BYTES = 4 * 2**20  # of any job: its reports
 
 
 class Checkpoints:
-    def __init__(self, store: Store, blobs: Blobs, leases: Leases, settings: Settings, clock: Clock) -> None:
+    def __init__(self, store: Store, blobs: Blobs, leases: Leases, room: Room, clock: Clock) -> None:
         self._store = store
         self._blobs = blobs
         self._leases = leases
-        self._settings = settings
+        self._room = room
         self._clock = clock
 
     async def reserve(self, by: wire.SignedBy, job_id: str, wanted: wire.Reservation) -> int:
@@ -34,30 +35,14 @@ class Checkpoints:
 
         Raises LeaseLost, QuotaExceeded, DiskFull.
         """
-        bytes = AT_ONCE * wanted.checkpoint_bytes + wanted.result_bytes
+        bytes = AT_ONCE * wanted.checkpoint_bytes + wanted.result_bytes + BESIDES_BYTES
         async with self._store.write() as db:
             job = await self._leases.held(db, by, job_id, wanted.fence)
-            stored = await db.execute(select(func.sum(checkpoints.c.bytes)).where(checkpoints.c.job_id == job_id))
-            self._blobs.check_room(bytes - (stored.scalar() or 0))
-            await self._check_quota(db, job.owner, job_id, bytes)
+            await self._room.check_disk(db, job_id, bytes)
+            await self._room.check(db, job.owner, bytes, "the job", but_job=job_id)
             values = {"reserved_bytes": bytes, "estimated_s": wanted.estimated_s}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
         return bytes
-
-    async def _check_quota(self, db: AsyncConnection, owner: str, job_id: str, bytes: int) -> None:
-        quota = self._settings.user_quota_bytes
-        if not quota:
-            return
-        of_files = (await db.execute(select(func.sum(files.c.bytes)).where(files.c.owner == owner))).scalar() or 0
-        adapters = (await db.execute(select(models.c.adapter).where(models.c.owner == owner))).scalars()
-        of_models = sum(file["bytes"] for adapter in adapters for file in adapter["files"])
-        others = select(func.sum(jobs.c.reserved_bytes)).where(jobs.c.owner == owner, jobs.c.id != job_id)
-        of_jobs = (await db.execute(others)).scalar() or 0
-        if of_files + of_models + of_jobs + bytes > quota:
-            raise errors.QuotaExceeded(
-                f"the job needs {bytes:,} bytes of storage, and of your {quota:,} files use {of_files:,}, models "
-                f"{of_models:,} and other jobs {of_jobs:,}: delete some, or train fewer layers"
-            )
 
     async def store(self, by: wire.SignedBy, job_id: str, said: wire.CheckpointStored) -> list[int]:
         """From here on it exists; the steps of those that are kept. The same again is no conflict.

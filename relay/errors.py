@@ -15,6 +15,8 @@ RelayError
 ├── LeaseLost             409  a gpu wrote about a job that is not its any more: stop
 ├── JobOver               409  a job that has ended can't be cancelled
 ├── TooLarge              413  a body over its limit
+│   ├── QuotaExceeded          it fits, but not beside what this user has stored
+│   └── OverReservation        a gpu sends more of a job than was set aside for it
 ├── TooMany               429  more at once than one user may have
 │   └── RateLimited            more a minute than this key may have
 ├── NewerDatabase         500  at the start only: a later version of the relay has been here
@@ -98,10 +100,6 @@ class MissingScope(Forbidden):
     code = "missing_scope"
 
 
-class QuotaExceeded(Forbidden):
-    code = "quota_exceeded"
-
-
 class NotFound(RelayError):
     status = 404
     type = "invalid_request_error"
@@ -127,6 +125,14 @@ class TooLarge(RelayError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class QuotaExceeded(TooLarge):
+    code = "quota_exceeded"
+
+
+class OverReservation(TooLarge):
+    code = "over_reservation"
 
 
 class TooMany(RelayError):

@@ -16,6 +16,7 @@ import dataset
 import wire
 from relay import errors, refs
 from relay.blobs import Blobs, Incoming
+from relay.room import Room
 from relay.store import Clock, Store
 from relay.sweep import letting_go
 from relay.tables import files
@@ -26,13 +27,14 @@ MAX_NAME_CHARS = 200
 
 
 class Files:
-    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
+    def __init__(self, store: Store, blobs: Blobs, room: Room, clock: Clock) -> None:
         self._store = store
         self._blobs = blobs
+        self._room = room
         self._clock = clock
 
     async def add(self, owner: str, filename: str, incoming: Incoming) -> FileRow:
-        """Raises InvalidTrainingFile with line numbers; then nothing stays."""
+        """Raises InvalidTrainingFile with line numbers, and QuotaExceeded; then nothing stays."""
         await incoming.finish()
         report = await asyncio.to_thread(dataset.check, incoming.path)
         if not report.ok:
@@ -49,6 +51,7 @@ class Files:
         }
         # Within the transaction, so that nobody who deletes the same content elsewhere takes the blob away in between.
         async with self._store.write() as db:
+            await self._room.check(db, owner, incoming.bytes, "the file")  # others may have come meanwhile
             await refs.hold(db)
             await self._blobs.keep(incoming)
             await db.execute(insert(files).values(**row))

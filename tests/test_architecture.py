@@ -36,6 +36,7 @@ FLOORS: dict[str, list[list[str]]] = {
             "webhooks",
             "audit",
             "jobs",
+            "room",
         ],
         ["gpu_client", "calls", "roster", "breaker", "fairness"],
         ["outbox"],

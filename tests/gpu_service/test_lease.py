@@ -160,6 +160,40 @@ async def test_a_relay_without_room_costs_one_checkpoint_and_is_told_once(tmp_pa
     assert last.checkpoint.step == 3
 
 
+async def test_a_pause_whose_checkpoint_finds_no_room_says_which_steps_are_trained_again(tmp_path: Path) -> None:
+    link, told = RecordingLink(), Told()
+
+    def full(message: wire.Message) -> None:
+        raise RelayFull("The disk is full.")
+
+    async with a_lease(link, tmp_path, told) as lease:
+        lease.take(stored(4))
+        await lease.settled()
+        lease.says_what_is_lost(4)
+        assert told.warnings == []
+        link.answer = full
+        lease.take(stored(9))
+        await lease.settled()
+        lease.says_what_is_lost(9)
+    assert "stops at step 9" in told.warnings[-1]
+    assert "goes on from the checkpoint of step 4" in told.warnings[-1]
+
+
+async def test_checkpoints_larger_than_was_thought_are_reserved_before_they_are_sent(tmp_path: Path) -> None:
+    link = RecordingLink()
+    lease = a_lease(link, tmp_path, Told())
+    await lease.reserve(1, 1, 1.0)
+    async with lease:
+        lease.take(stored(4))
+        await lease.settled()
+    first, again, message = link.said
+    assert isinstance(first, wire.Reservation)
+    assert isinstance(again, wire.Reservation)
+    assert isinstance(message, wire.CheckpointStored)
+    assert again.checkpoint_bytes == sum(chunk.bytes for file in message.checkpoint.files for chunk in file.chunks)
+    assert (first.checkpoint_bytes, again.result_bytes) == (1, 1)
+
+
 async def test_one_that_was_not_begun_gives_way_to_a_newer_one(tmp_path: Path) -> None:
     link = RecordingLink()
     async with a_lease(link, tmp_path, Told()) as lease:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select
 
-from relay import refs
-from relay.blobs import Blobs
+from relay import errors, refs
+from relay.blobs import Blobs, Bound
 from relay.store import Store
 from relay.sweep import letting_go, remove_unnamed, sweep
 from relay.tables import blob_refs, users
@@ -40,7 +40,7 @@ class Kept:
 
     async def put(self, content: bytes, holder: str) -> str:
         """As an upload does it: the blob and its name in one transaction."""
-        async with self.blobs.incoming(1000) as incoming:
+        async with self.blobs.incoming(Bound(1000, errors.TooLarge("too large"))) as incoming:
             await incoming.write(content)
             await incoming.finish()
             async with self.store.write() as db:
