@@ -398,6 +398,8 @@ HEADER_TIME = "x-imfine-time"
 HEADER_NONCE = "x-imfine-nonce"
 HEADER_BODY = "x-imfine-body-sha256"
 HEADER_SIGNATURE = "x-imfine-signature"
+HEADER_USAGE = "x-imfine-usage"  # of a whole answer: "prompt_tokens,completion_tokens"; not passed on
+USAGE_COMMENT = b": usage "  # of a stream: a comment with the same two, at its begin and at its end; not passed on
 HEADER_CALLER = "x-imfine-caller"  # not signed: whom the relay speaks for, opaque; the gpu is fair between callers
 
 

@@ -182,11 +182,16 @@ class _Routes:
         events = self._p.worker.generate(wanted)
         # The first event comes before the status is sent, so that what fails at the start has a status of its own.
         first = await _unless_gone(request, anext(events))
+        tells = wire.HEADER_CALLER in request.headers  # a relay asks, which counts for its users
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            frames = _frames(shape, _with(first, events), wanted.n, echo, wanted.tell_prompt, usage)
+            told = len(prompt) if tells else None
+            frames = _frames(shape, _with(first, events), wanted.n, echo, wanted.tell_prompt, usage, told)
             return StreamingResponse(frames, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        return JSONResponse(await _unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo)))
+        answer = await _unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo))
+        used = answer["usage"]
+        headers = {wire.HEADER_USAGE: f"{used['prompt_tokens']},{used['completion_tokens']}"} if tells else None
+        return JSONResponse(answer, headers=headers)
 
     async def _resolve(self, model: str) -> tuple[Source, Tuned | None]:
         """Raises NoSuchModel, naming those that exist."""
@@ -228,12 +233,23 @@ async def _whole(shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int
 
 
 async def _frames(
-    shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int, echo: str, told: bool, include_usage: bool
+    shape: bodies.AnswerShape,
+    events: AsyncIterator[Event],
+    n: int,
+    echo: str,
+    told: bool,
+    include_usage: bool,
+    prompt_tokens: int | None,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events. An error after the first one is an event of its own, and no [DONE] follows it."""
-    finishes = []
+    """Server-sent events. An error after the first one is an event of its own, and no [DONE] follows it.
+
+    With `prompt_tokens` they begin and end with comments for the relay, which counts what its users use.
+    """
+    finishes = list[Finish]()
     async with aclosing(events):  # type: ignore[type-var]
         try:
+            if prompt_tokens is not None:
+                yield _used(prompt_tokens, 0)
             for index in range(n):
                 if opening := shape.first(index):
                     yield _frame(opening)
@@ -250,12 +266,18 @@ async def _frames(
                     yield _frame(shape.piece(event.index, event.text, event.drawn))
             if include_usage:
                 yield _frame(shape.usage_only(finishes))
+            if prompt_tokens is not None:
+                yield _used(prompt_tokens, sum(finish.completion_tokens for finish in finishes))
             yield b"data: [DONE]\n\n"
         except GpuError as exc:
             yield _frame(exc.body())
         except Exception:  # the answer ends here, whatever it was
             log.exception("a streamed answer failed")
             yield _frame(_UNEXPECTED)
+
+
+def _used(prompt_tokens: int, completion_tokens: int) -> bytes:
+    return wire.USAGE_COMMENT + f"{prompt_tokens},{completion_tokens}\n\n".encode()
 
 
 def _frame(event: dict[str, Any]) -> bytes:

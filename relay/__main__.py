@@ -129,7 +129,7 @@ async def _look(_: Accounts, __: Store, ___: argparse.Namespace) -> None:
 async def _create_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:
     expires_at = time.time() + args.expires_days * 24 * 3600 if args.expires_days else None
     scopes = tuple(scope for scope in SCOPES if scope in args.scopes)
-    rules = Rules(scopes, expires_at, args.requests_per_minute)
+    rules = Rules(scopes, expires_at, args.requests_per_minute, args.tokens_per_month, args.spend_per_month)
     key_id, key = await accounts.create_key(args.user, args.name, rules)
     print(f"{key_id} for user '{args.user}', shown this once:\n{key}")
 
@@ -315,14 +315,14 @@ def _complain(line: str) -> int:
     return 2
 
 
-def _positive(number: type[N]) -> Callable[[str], N]:
+def _positive(number: type[N], most: float = 1_000_000) -> Callable[[str], N]:
     def read(text: str) -> N:
         try:
             value = number(text)
         except ValueError:
             value = number(0)
-        if not 0 < value <= 1_000_000:
-            raise argparse.ArgumentTypeError(f"'{text}' is no number above 0 and up to 1,000,000")
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is no number above 0 and up to {most:,.0f}")
         return value
 
     return read
@@ -339,6 +339,8 @@ def _parser() -> argparse.ArgumentParser:
     create.add_argument("--scopes", nargs="+", choices=SCOPES, default=SCOPES, help="what it may do; all by default")
     create.add_argument("--expires-days", type=_positive(float))
     create.add_argument("--requests-per-minute", type=_positive(int))
+    create.add_argument("--tokens-per-month", type=_positive(int, 10**15))
+    create.add_argument("--spend-per-month", type=_positive(float, 1e12), help="in the money of RELAY_PRICE_...")
     create.set_defaults(command=_create_key)
     keys.add_parser("list", help="every key").set_defaults(command=_list_keys)
     revoke = keys.add_parser("revoke", help="a key stops working within a second")

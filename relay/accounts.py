@@ -34,7 +34,8 @@ LAST_USED_EVERY_S = 60.0  # nobody needs it more exactly
 REMEMBERED_S = 1.0  # how long a key counts as good without another look
 MOST_REMEMBERED = 10_000  # keys
 FOLD_EVERY_S = 5.0
-RULES = (key_rules.c.scopes, key_rules.c.expires_at, key_rules.c.requests_per_minute)
+LIMITS = ("expires_at", "requests_per_minute", "tokens_per_month", "spend_per_month")
+RULES = (key_rules.c.scopes, *(key_rules.c[name] for name in LIMITS))
 WHERE_KEYS_COME_FROM = (
     "send 'Authorization: Bearer sk-fine-...'. The key of admin lies in admin.key in the relay's data folder; "
     "'python -m relay keys create --user NAME' makes others"
@@ -52,6 +53,8 @@ class Rules:
     scopes: Collection[Scope] = SCOPES
     expires_at: float | None = None
     requests_per_minute: int | None = None
+    tokens_per_month: int | None = None
+    spend_per_month: float | None = None
 
     @property
     def limited(self) -> bool:
@@ -194,7 +197,7 @@ class Accounts:
             row = {"id": key_id, "owner": owner, "sha256": _sha256(key), "prefix": key[:SHOWN_CHARS]}
             await db.execute(insert(keys).values(**row, name=name, created_at=self._clock()))
             if rules and rules.limited:
-                limits = {"expires_at": rules.expires_at, "requests_per_minute": rules.requests_per_minute}
+                limits = {name: getattr(rules, name) for name in LIMITS}
                 await db.execute(insert(key_rules).values(key_id=key_id, scopes=list(rules.scopes), **limits))
             await note(db, self._clock(), by, "key.create", f"{key_id} of {user}")
         return key_id, key
@@ -246,7 +249,9 @@ def _check_name(name: str) -> None:
 
 
 def _rules(row: Any) -> Rules:
-    return Rules() if row.scopes is None else Rules(tuple(row.scopes), row.expires_at, row.requests_per_minute)
+    if row.scopes is None:
+        return Rules()
+    return Rules(tuple(row.scopes), **{name: getattr(row, name) for name in LIMITS})
 
 
 def _sha256(key: str) -> str:

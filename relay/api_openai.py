@@ -27,6 +27,7 @@ from relay.proxy import Ask, Proxy
 from relay.room import Room
 from relay.sessions import Sessions
 from relay.settings import Settings
+from relay.usage import Usage
 from relay.waiting import MAX_WAIT_S, Waiting
 
 FORM_OVERHEAD_BYTES = 2**16  # what a form may be larger than its file
@@ -54,6 +55,7 @@ class OpenAIApi:
     client: GpuClient
     proxy: Proxy
     waiting: Waiting
+    usage: Usage
     dispatcher: Dispatcher
     settings: Settings
 
@@ -75,12 +77,13 @@ class OpenAIApi:
             headers["content-type"] = "application/json"  # it was parsed as that
         if 0 < len(accept := request.headers.get("accept", "")) <= MAX_ACCEPT_CHARS:
             headers["accept"] = accept
-        ask = Ask(user.id, base, request.method, target, body, headers)
+        ask = Ask(user.id, base, request.method, target, body, headers, user.key_id)
         return self.waiting.forward(ask, wait_s) if wait_s else self.proxy.forward(ask)
 
     async def generate(self, request: Request) -> Response:
         """Raises InvalidKey, TooLarge, InvalidRequest, ModelNotFound; the gpu judges the rest of the body."""
         user = await self.user(request, "generate")
+        await self.usage.check(user)
         body = await read_body(request, self.settings.max_body_bytes)
         fields = parse_object(body)
         base = await self.models.base_of(user.id, string_field(fields, "model"))
@@ -228,6 +231,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
     async def create_job(request: Request) -> Response:
         """Bad layers fail here if a gpu can be asked, and else when it starts. A tuned model is trained further."""
         user = await api.user(request, "train")
+        await api.usage.check(user)
         body = parse_object(await read_body(request, api.settings.max_body_bytes))
         asked = parse(shapes.JobRequest, body)
         model = await api.models.resolve(user.id, asked.model)
@@ -242,6 +246,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         job = await api.jobs.create(
             user.id,
             NewJob(
+                key_id=user.key_id,
                 base_model=model.base,
                 suffix=asked.suffix,
                 layers=asked.layers,

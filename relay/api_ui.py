@@ -4,7 +4,7 @@ import asyncio
 import html
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from relay.generations import Generation, Generations
 from relay.gpus import Gpus
 from relay.jobs import Jobs
 from relay.limits import Limits
+from relay.meter import NOTHING, Used
 from relay.models import Models
 from relay.page import Page
 from relay.passwords import MAX_CHARS, Passwords, network
@@ -33,6 +34,7 @@ from relay.sessions import SESSION_S, Sessions, check_same_site, cookie_name
 from relay.settings import Settings
 from relay.store import Clock
 from relay.streams import DONE, EventStream
+from relay.usage import Usage
 
 PLAIN_PAGE = Path(__file__).with_name("page.html")
 NOTEBOOK = Path(__file__).parent.parent / "colab_server.ipynb"
@@ -68,6 +70,8 @@ class NewKey(_Asked):
     scopes: tuple[Scope, ...] = Field(default=SCOPES, min_length=1, max_length=len(SCOPES))
     expires_in_s: float | None = Field(default=None, gt=0, le=MOST_KEY_S)
     requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
+    tokens_per_month: int | None = Field(default=None, ge=1, le=10**15)
+    spend_per_month: float | None = Field(default=None, gt=0, le=1e12)
 
 
 class Confirm(_Asked):
@@ -96,6 +100,7 @@ class UiApi:
     jobs: Jobs
     models: Models
     room: Room
+    usage: Usage
     generations: Generations
     page: Page
     settings: Settings
@@ -157,7 +162,7 @@ class UiApi:
 
 def router(api: UiApi) -> APIRouter:
     routes = APIRouter()
-    for add in (_session, _keys, _gpus, _jobs, _generations):
+    for add in (_session, _keys, _usage, _gpus, _jobs, _generations):
         part = APIRouter(prefix="/api", tags=["page"])
         add(part, api)
         routes.include_router(part)
@@ -268,6 +273,8 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
                 "scopes": list(key.rules.scopes),
                 "expires_at": key.rules.expires_at,
                 "requests_per_minute": key.rules.requests_per_minute,
+                "tokens_per_month": key.rules.tokens_per_month,
+                "spend_per_month": key.rules.spend_per_month,
             }
             for key in await visible(user)
         ]
@@ -284,7 +291,8 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
             raise errors.Forbidden("only the admin makes keys for others", param="user")
         expires_at = api.clock() + asked.expires_in_s if asked.expires_in_s else None
         scopes = tuple(scope for scope in SCOPES if scope in asked.scopes)
-        rules = Rules(scopes, expires_at, asked.requests_per_minute)
+        limits = asked.requests_per_minute, asked.tokens_per_month, asked.spend_per_month
+        rules = Rules(scopes, expires_at, *limits)
         owner = asked.user or user.name
         key_id, key = await api.accounts.create_key(owner, asked.name or None, rules, api.by(request, user))
         return JSONResponse({"id": key_id, "key": key})
@@ -296,6 +304,42 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
             raise errors.NotFound(f"no key '{key_id[:50]}'")
         await api.accounts.revoke(key_id, api.by(request, user))
         return JSONResponse({"id": key_id, "deleted": True})
+
+
+def _usage(routes: APIRouter, api: UiApi) -> None:
+    @routes.get("/usage")
+    async def usage(request: Request) -> JSONResponse:
+        """This month's, of one's own; by key too."""
+        user = await api.user(request)
+        month, ends_at, used = await api.usage.of_user(user.id)
+        prices = api.usage.prices
+
+        def shown(found: Used) -> dict[str, Any]:
+            return {**asdict(found), "tokens": found.tokens, "spend": round(prices.of(found), 6)}
+
+        own = {key.id: key for key in await api.accounts.list_keys() if key.user == user.name}
+        keys = [
+            {
+                "id": key.id,
+                "name": key.name,
+                "prefix": key.prefix,
+                "revoked": key.revoked_at is not None,
+                **shown(used.get(key.id, NOTHING)),
+                "tokens_per_month": key.rules.tokens_per_month,
+                "spend_per_month": key.rules.spend_per_month,
+            }
+            for key in own.values()
+            if key.revoked_at is None or key.id in used
+        ]
+        return JSONResponse(
+            {
+                "month": month,
+                "ends_at": ends_at,
+                **shown(sum(used.values(), NOTHING)),
+                "prices": asdict(prices),
+                "keys": keys,
+            }
+        )
 
 
 def _gpus(routes: APIRouter, api: UiApi) -> None:
@@ -387,12 +431,13 @@ def _generations(routes: APIRouter, api: UiApi) -> None:
         """Waits for a gpu as long as it takes; tells the place in the line, then passes the gpu's own frames on."""
         user = await api.user(request, "generate")
         api.limits.take(user)
+        await api.usage.check(user)
         asked = parse(NewGeneration, await api.object(request))
         model = await api.models.resolve(user.id, string_field(asked.body, "model"))
         headers = {"content-type": "application/json", "x-request-id": request.state.request_id}
         body = json.dumps({**asked.body, "stream": True}).encode()
         generation = api.generations.start(
-            user.id, Ask(user.id, model.base, "POST", TARGETS[asked.kind], body, headers)
+            user.id, Ask(user.id, model.base, "POST", TARGETS[asked.kind], body, headers, user.key_id)
         )
         return api.stream(generation, 0)
 

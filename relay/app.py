@@ -49,6 +49,7 @@ from relay.store import Clock, Store
 from relay.sweep import keep_sweeping
 from relay.transport import ByTunnel, TunnelTransport
 from relay.uploads import Uploads
+from relay.usage import Usage
 from relay.vitals import Vitals
 from relay.waiting import Waiting
 from relay.webhooks import Webhooks
@@ -97,7 +98,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     files = Files(store, blobs, room, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     dispatcher = Dispatcher(leases, gpus, stopping, metrics)
-    proxy = Proxy(gpus, client, stopping, metrics)
+    usage = Usage(store, settings, clock)
+    proxy = Proxy(gpus, client, stopping, metrics, usage)
     passwords = Passwords(store, accounts, clock)
     sessions, limits = Sessions(store, accounts, clock), Limits(clock)
     generations = Generations(proxy, gpus, metrics)
@@ -119,6 +121,10 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             closing.callback(blobs.close)
             await accounts.open(admin_key)
             closing.push_async_callback(accounts.fold)
+            closing.push_async_callback(usage.fold)
+            counting = asyncio.create_task(usage.keep_folding())
+            closing.push_async_callback(lambda: asyncio.wait({counting}))
+            closing.callback(counting.cancel)
             folding = asyncio.create_task(accounts.keep_folding())
             closing.push_async_callback(lambda: asyncio.wait({folding}))
             closing.callback(folding.cancel)
@@ -153,7 +159,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.state.page = page
     app.state.metrics = metrics
     openai = api_openai.OpenAIApi(
-        sessions, limits, gpus, jobs, files, models, blobs, room, client, proxy, waiting, dispatcher, settings
+        sessions, limits, gpus, jobs, files, models, blobs, room, client, proxy, waiting, usage, dispatcher, settings
     )
     app.include_router(api_openai.router(openai))
     app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
@@ -188,6 +194,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         jobs,
         models,
         room,
+        usage,
         generations,
         page,
         settings,

@@ -18,7 +18,8 @@ RelayError
 │   ├── QuotaExceeded          it fits, but not beside what this user has stored
 │   └── OverReservation        a gpu sends more of a job than was set aside for it
 ├── TooMany               429  more at once than one user may have
-│   └── RateLimited            more a minute than this key may have
+│   ├── RateLimited            more a minute than this key may have
+│   └── LimitSpent             more a month than this key may use or spend
 ├── NewerDatabase         500  at the start only: a later version of the relay has been here
 ├── DiskFull              507  no room for what was sent
 └── Unavailable           503  try again later
@@ -29,6 +30,7 @@ RelayError
     └── NotReady               /readyz: the database, the disk, or a restart
 """
 
+import math
 from collections.abc import Mapping
 
 import wire
@@ -148,6 +150,15 @@ class RateLimited(TooMany):
     def __init__(self, message: str, headers: Mapping[str, str]) -> None:
         super().__init__(message)
         self.headers = headers
+
+
+class LimitSpent(TooMany):
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.headers = {"retry-after": str(math.ceil(retry_after_s)), "x-should-retry": "false"}
 
 
 class DiskFull(RelayError):

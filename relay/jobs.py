@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import wire
 from relay import errors, refs
 from relay.blobs import Blobs
+from relay.meter import charge
 from relay.outbox import announce
 from relay.store import Clock, Store
 from relay.sweep import letting_go
@@ -37,6 +38,7 @@ class NewJob:
     training_blob: wire.FileRef
     validation_file: str | None
     validation_blob: wire.FileRef | None
+    key_id: str | None = None  # that asked for it
     sample_prompts: Sequence[str] = ()
     continue_from: str | None = None  # a tuned model of the same owner's
 
@@ -76,6 +78,7 @@ class Jobs:
                     sample_prompts=list(new.sample_prompts),
                     continue_from=continue_from.model_dump() if continue_from else None,
                     created_at=self._clock(),
+                    key_id=new.key_id,
                 )
             )
             kept = [new.training_blob, new.validation_blob, *(continue_from.adapter.files if continue_from else ())]
@@ -131,6 +134,7 @@ class Jobs:
             values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **OVER}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
             await say(db, now, job_id, job.fence + 1, "Job cancelled.")
+            await charge(db, now, job)
             await announce(db, now, owner, job_id, "cancelled")
             gone |= await forget(db, job_id)
             return await self._of(db, owner, job_id), job.gpu_id

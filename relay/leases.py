@@ -15,6 +15,7 @@ import wire
 from relay import errors, fairness, refs
 from relay.blobs import Blobs
 from relay.jobs import NO_LEASE, ON_ITS_WAY, OVER, JobRow, forget, say
+from relay.meter import charge
 from relay.outbox import announce
 from relay.settings import Settings
 from relay.store import Clock, Store
@@ -313,6 +314,7 @@ class Leases:
             )
             await refs.name(db, "report", job.id, job.owner, refs.sizes(result.reports))
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
+        await charge(db, now, job, result.trained_tokens)
         await announce(db, now, job.owner, job.id, "succeeded")
         return await forget(db, job.id)
 
@@ -325,6 +327,7 @@ class Leases:
         }
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
+        await charge(db, self._clock(), job)
         await announce(db, self._clock(), job.owner, job.id, "failed")
         return await forget(db, job.id)
 
@@ -360,6 +363,7 @@ class Leases:
         spent = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts and attempts else ""
         level = "warn" if counts else "info"
         await say(db, self._clock(), job.id, job.fence, f"{why} {now}{since}.{spent}", level=level)
+        await charge(db, self._clock(), job)
         if paused:
             await announce(db, self._clock(), job.owner, job.id, "paused")
         return set()

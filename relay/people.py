@@ -20,7 +20,20 @@ from relay.blobs import Blobs
 from relay.jobs import OVER, drop_reports, forget
 from relay.store import Clock, Store
 from relay.sweep import letting_go
-from relay.tables import OPEN, files, job_events, jobs, key_rules, keys, models, passwords, sessions, users, webhooks
+from relay.tables import (
+    OPEN,
+    files,
+    job_events,
+    jobs,
+    key_rules,
+    keys,
+    models,
+    passwords,
+    sessions,
+    usage,
+    users,
+    webhooks,
+)
 from relay.tables import webhook_deliveries as deliveries
 
 log = logging.getLogger("relay.people")
@@ -124,6 +137,7 @@ class People:
             await db.execute(delete(keys).where(keys.c.owner == user.id))
             hooks = select(webhooks.c.id).where(webhooks.c.owner == user.id)
             await db.execute(delete(deliveries).where(deliveries.c.webhook_id.in_(hooks)))
+            await db.execute(delete(usage).where(usage.c.user_id == user.id))
             await db.execute(delete(webhooks).where(webhooks.c.owner == user.id))
             done = await db.execute(delete(users).where(users.c.id == user.id))
             if done.rowcount:

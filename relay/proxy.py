@@ -22,6 +22,7 @@ from relay.gpus import Gpus
 from relay.metrics import Metrics
 from relay.streams import STREAM_HEADERS, Endings
 from relay.transport import Endpoint
+from relay.usage import StreamMeter, Usage, read_usage
 
 log = logging.getLogger("relay.proxy")
 
@@ -44,6 +45,7 @@ class Ask:
     target: str  # path and query, as the gpu gets them
     body: bytes
     headers: Mapping[str, str]
+    key: str = ""  # the id of the one that it came with, which is charged
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class _BrokeOff(errors.GpuUnreachable):
 
 
 class Proxy:
-    def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event, metrics: Metrics) -> None:
+    def __init__(self, gpus: Gpus, client: GpuClient, stopping: asyncio.Event, metrics: Metrics, usage: Usage) -> None:
         self._gpus = gpus
         self._client = client
         self._metrics = metrics
+        self._usage = usage
         self.endings = Endings(stopping, STOP_GRACE_S)
 
     def forward(self, ask: Ask) -> Response:
@@ -114,9 +117,14 @@ class Proxy:
                 raise errors.GpuUnreachable(f"gpu {to.name!r} closed the connection without an answer. Try again.")
             self._metrics.first_byte.observe(time.monotonic() - asked)
             if answer.is_stream:
-                return Opened(answer, b"", whole_frames(first, chunks), held.pop_all())
+                meter = StreamMeter()
+                held.callback(lambda: self._usage.note(ask.caller, ask.key, meter.used))  # however it ends
+                return Opened(answer, b"", meter.passing(whole_frames(first, chunks)), held.pop_all())
             # Whole before it starts, so that a gpu that dies halfway is a clean 503 and not half an object.
-            return Opened(answer, await _whole_body(first, chunks), None, held.pop_all())
+            body = await _whole_body(first, chunks)
+            if used := read_usage(answer.headers.get(wire.HEADER_USAGE, "").encode()):
+                self._usage.note(ask.caller, ask.key, used)
+            return Opened(answer, body, None, held.pop_all())
 
 
 async def _whole_body(first: bytes, chunks: AsyncIterator[bytes]) -> bytes:

@@ -47,6 +47,8 @@ class Settings:
     max_upload_bytes: int = 512 * 2**20
     max_adapter_bytes: int = 16 * 2**30
     user_quota_bytes: int = 20 * 2**30  # files, models and what running jobs may store; 0: no end
+    price_per_million_tokens: float = 0.0
+    price_per_gpu_hour: float = 0.0
     min_free_bytes: int = 256 * 2**20  # of the disk, kept free for the database and the log
     page_dir: Path = ROOT / "web" / "dist"
 
@@ -83,6 +85,13 @@ def _seconds(value: str) -> float:
     number = float(value)
     if not 0.1 <= number <= 3600:
         raise ValueError("use 0.1 to 3600 seconds")
+    return number
+
+
+def _price(value: str) -> float:
+    number = float(value)
+    if not 0 <= number <= 1e9:
+        raise ValueError("use a number from 0 to a thousand million")
     return number
 
 
@@ -196,6 +205,20 @@ SETTINGS = (
         "21474836480",
         "What one user's files, models and jobs may store; 0 for no end.",
         _bytes_or_none,
+    ),
+    Setting(
+        "RELAY_PRICE_PER_MILLION_TOKENS",
+        "price_per_million_tokens",
+        "0",
+        "Of prompts, answers and training alike, for `spend_per_month` of keys, in money of your choice.",
+        _price,
+    ),
+    Setting(
+        "RELAY_PRICE_PER_GPU_HOUR",
+        "price_per_gpu_hour",
+        "0",
+        "Of the time that jobs hold a gpu, in the same money.",
+        _price,
     ),
     Setting(
         "RELAY_MIN_FREE_BYTES",

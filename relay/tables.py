@@ -56,6 +56,21 @@ key_rules = Table(
     Column("scopes", JSON, nullable=False),
     Column("expires_at", Float),
     Column("requests_per_minute", Integer),
+    Column("tokens_per_month", BigInteger),
+    Column("spend_per_month", Float),
+)
+
+usage = Table(
+    "usage",  # a row for each month, user and key (meter.py); no references: a key is forgotten before what it used
+    metadata,
+    Column("month", String(7), primary_key=True),  # 2026-11
+    Column("user_id", String(40), primary_key=True),
+    Column("key_id", String(40), primary_key=True),  # empty: not known
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("trained_tokens", BigInteger, nullable=False),
+    Column("gpu_s", Float, nullable=False),
+    Index("usage_by_user", "user_id", "month"),
 )
 
 passwords = Table(
@@ -230,6 +245,7 @@ jobs = Table(
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Column("estimated_finish", Float),
+    Column("key_id", String(40)),  # that made it, and is charged for it
     Column("fence", Integer, nullable=False, default=0),  # counts claims; a write with an older one changes nothing
     Column("gpu_id", ForeignKey("gpus.id")),
     Column("gpu_epoch", Integer),

@@ -345,6 +345,24 @@ async def test_metrics_count_tokens_rows_and_requests_and_open_with_the_key_alon
     assert not [name for name in found if TINY in name or "callers" in name]
 
 
+async def test_a_relay_is_told_what_its_user_used_and_nobody_else(gpu: Gpu) -> None:
+    relay = {wire.HEADER_CALLER: "user-1"}
+    whole = await gpu.http.post("/v1/chat/completions", json=CHAT, headers=relay)
+    prompt, written = (whole.json()["usage"][what] for what in ("prompt_tokens", "completion_tokens"))
+    assert whole.headers[wire.HEADER_USAGE] == f"{prompt},{written}"
+    told = await gpu.http.post("/v1/chat/completions", json={**CHAT, "stream": True}, headers=relay)
+    comment = wire.USAGE_COMMENT.decode()
+    frames = told.text.split("\n\n")
+    assert [frame for frame in frames if frame.startswith(":")] == [
+        f"{comment}{prompt},0",
+        f"{comment}{prompt},{written}",
+    ]
+    assert frames[-2] == "data: [DONE]"
+    plain = await gpu.http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    assert comment not in plain.text
+    assert wire.HEADER_USAGE not in (await gpu.http.post("/v1/chat/completions", json=CHAT)).headers
+
+
 async def test_an_answer_has_the_callers_request_id_where_that_is_well_formed(gpu: Gpu) -> None:
     for given, kept in [("req-of-the-relay-1", True), ("two words", False), ("x" * 65, False), ("sk-gpu-a-key", False)]:
         answer = await gpu.http.get("/healthz", headers={"x-request-id": given})
