@@ -138,6 +138,11 @@ class ModelUnreadable(GpuError):
     retry = True
 
 
+class Withheld(GpuError):
+    status, type, code = 503, "server_error", "model_is_streamed"
+    retry = True
+
+
 class Stopping(GpuError):
     status, type, code = 503, "server_error", "gpu_stopping"
     retry = True

@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from contextlib import AsyncExitStack, aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from gpu_service.errors import GpuError, RelayUnavailable
 from gpu_service.lease import Lease, Often, persist
 from gpu_service.link import LeaseLost, Link, NotEnrolled, Refused
 from gpu_service.models import Models
+from gpu_service.prefix import Chosen, Working
 from gpu_service.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -221,7 +222,17 @@ class Jobs:
             reporter.say("The checkpoint does not fit this data: the job begins at its beginning.", level="warn")
             found = None
         plan = (
-            found.plan if found else plans.resolve(spec.hyperparameters, source, selection, store, length, self._device)
+            found.plan
+            if found
+            else plans.resolve(
+                spec.hyperparameters,
+                source,
+                selection,
+                store,
+                length,
+                self._device,
+                fits=self._models.fits(source.id, selection.quantize),
+            )
         )
         cost = source.cost(selection, plan.micro_rows, store.report.longest, self._device.precision.dtype.itemsize)
         reporter.say(f"Training data: {store.report.summary()}.")
@@ -265,6 +276,13 @@ class Jobs:
                         lease.says_what_is_lost(item.step)
                         raise GivenBack
                     continue
+                if isinstance(item, Working):
+                    if run.reason:  # nothing has been trained since the last checkpoint
+                        raise GivenBack
+                    continue
+                if isinstance(item, Chosen):
+                    plan, chosen = self._cached(item, plan, reporter, goes_on=start is not None)
+                    continue
                 if isinstance(item, train.Trained):
                     trained = item
                     break
@@ -287,6 +305,17 @@ class Jobs:
             validation_loss=valid_loss,
         )
         return Adapter(meta, trained.full, trained.lora)
+
+    def _cached(
+        self, choice: Chosen, plan: plans.Plan, reporter: "Reporter", *, goes_on: bool
+    ) -> tuple[plans.Plan, wire.Hyperparameters]:
+        """The plan with what was chosen, which is then kept; and its hyperparameters."""
+        what = "is kept on disk" if choice.cached else "is computed in every step"
+        reporter.say(f"What the frozen layers put out {what}: {choice.why}.", data={"prefix_cache": choice.cached})
+        if goes_on and choice.cached is not plan.prefix_cache:
+            reporter.say("It was otherwise before the checkpoint: results agree but for rounding.", level="warn")
+        plan = replace(plan, prefix_cache=choice.cached)
+        return plan, plan.chosen()
 
 
 @dataclass(frozen=True)

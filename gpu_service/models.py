@@ -22,7 +22,7 @@ import wire
 from gpu_service import hub
 from gpu_service.costs import Estimate, estimate, weights_bytes
 from gpu_service.device import Device
-from gpu_service.errors import ModelUnreadable, NoSuchModel, OutOfMemory, UnsupportedModel
+from gpu_service.errors import ModelUnreadable, NoSuchModel, OutOfMemory, UnsupportedModel, Withheld
 from gpu_service.layers import Selection, TensorInfo, gpt2_tensors, llama_tensors
 from gpu_service.quantize import Quantized
 from gpu_service.settings import BadSetting
@@ -136,6 +136,7 @@ class Models:
         self._sources = {s.id: s for s in (find(name, hf_token, folder, tell) for name in names)}
         self._loaded: dict[str, Base] = {}
         # Held otherwise than what serves, for as long as a training holds on to them.
+        self._withheld: set[str] = set()
         self._lent: WeakValueDictionary[tuple[str, str], Base] = WeakValueDictionary()
 
     def weights_bytes(self) -> int:
@@ -164,8 +165,28 @@ class Models:
             for s in self._sources.values()
         ]
 
+    def fits(self, model: str, quantize: wire.Quantize) -> bool:
+        """Whether all of it is in memory, or could be."""
+        if model in self._loaded and quantize in ("none", self._device.precision.quantize):
+            return True
+        needs = self.source(model).weights_bytes(quantize, self._device.precision.dtype.itemsize)
+        return needs <= self._device.free_bytes()
+
+    def withhold(self, model: str) -> None:
+        """Leave the memory to a run that streams this model; until `restore` nobody can load it."""
+        self._withheld.add(model)
+        self._loaded.pop(model, None)
+
+    def restore(self, model: str) -> None:
+        self._withheld.discard(model)
+
     def load(self, model: str, quantize: wire.Quantize | None = None) -> Base:
-        """`quantize` None: as it serves. Raises OutOfMemory, with both figures, before anything is read."""
+        """`quantize` None: as it serves. Raises OutOfMemory, with both figures, before anything is read; Withheld."""
+        if model in self._withheld:
+            raise Withheld(
+                f"A job trains {model} here with streamed layers, and the model is not in memory meanwhile: ask again "
+                "when the job has ended, or use another gpu."
+            )
         serving = self._device.precision.quantize
         if model not in self._loaded:
             self._loaded[model] = self._read(self.source(model), serving)

@@ -29,8 +29,6 @@ UNBUILT = (
     "activation_checkpointing",
     "packing",
     "early_stop_patience",
-    "prefix_cache",
-    "stream_layers",
     "train_on",
     "samples_every_steps",
 )
@@ -48,6 +46,8 @@ class Plan:
     max_length_tokens: int
     steps_per_epoch: int
     warmup_steps: int
+    prefix_cache: bool | None = None  # None: what is measured before the first step decides
+    stream_layers: bool = False
 
     @property
     def total_steps(self) -> int:
@@ -61,6 +61,8 @@ class Plan:
             learning_rate=self.learning_rate / self.multiplier,
             max_length_tokens=self.max_length_tokens,
             micro_batch_rows=self.micro_rows,
+            prefix_cache="auto" if self.prefix_cache is None else self.prefix_cache,
+            stream_layers=self.stream_layers,
         )
 
     def rate(self, step: int) -> float:
@@ -83,9 +85,19 @@ def max_length(wanted: int | wire.Auto, source: Source) -> int:
 
 
 def resolve(
-    wanted: wire.Hyperparameters, source: Source, selection: Selection, store: TokenStore, length: int, device: Device
+    wanted: wire.Hyperparameters,
+    source: Source,
+    selection: Selection,
+    store: TokenStore,
+    length: int,
+    device: Device,
+    *,
+    fits: bool = True,
 ) -> Plan:
-    """Sensible values for whatever is "auto", from the data set's size, the method and the free memory."""
+    """Sensible values for whatever is "auto", from the data set's size, the method and the free memory.
+
+    `fits`: the whole model is in memory, or could be. Raises BadRequest for what contradicts itself.
+    """
     batch, epochs = batch_rows(wanted, len(store)), n_epochs(wanted, len(store))
     steps = math.ceil(len(store) / batch)
     micro = micro_rows(wanted, source, selection, batch, store.report.longest, device)
@@ -101,7 +113,35 @@ def resolve(
         max_length_tokens=length,
         steps_per_epoch=steps,
         warmup_steps=max(1, round(WARMUP_SHARE * epochs * steps)),
+        prefix_cache=_prefix_cache(wanted, selection),
+        stream_layers=_stream_layers(wanted, selection, fits),
     )
+
+
+def _stream_layers(wanted: wire.Hyperparameters, selection: Selection, fits: bool) -> bool:
+    if wanted.stream_layers == "auto":
+        return not fits and selection.lowest_layer > 0 and wanted.prefix_cache is not False
+    if wanted.stream_layers and selection.lowest_layer == 0:
+        raise BadRequest(
+            "stream_layers leaves the frozen layers out of memory, and here layer 0 or the embedding is trained: train "
+            "only higher layers, or leave stream_layers out.",
+            param="hyperparameters",
+        )
+    if wanted.stream_layers and wanted.prefix_cache is False:
+        raise BadRequest(
+            "stream_layers needs the prefix cache, and prefix_cache is false: leave it out.", param="hyperparameters"
+        )
+    return wanted.stream_layers
+
+
+def _prefix_cache(wanted: wire.Hyperparameters, selection: Selection) -> bool | None:
+    if wanted.prefix_cache is True and selection.lowest_layer == 0:
+        raise BadRequest(
+            "prefix_cache keeps what the layers below the trained ones put out, and here layer 0 or the embedding is "
+            "trained: train only higher layers, or leave prefix_cache out.",
+            param="hyperparameters",
+        )
+    return None if wanted.prefix_cache == "auto" else wanted.prefix_cache
 
 
 def batch_rows(wanted: wire.Hyperparameters, rows: int) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import wire
 from gpu_service.artifacts import atomic_file
 from gpu_service.cache import Whole
 from gpu_service.data import TokenStore
@@ -62,7 +63,7 @@ class Wanted:
     store: TokenStore
     cut: int  # the lowest trained layer
     batch_tokens: int  # padding included, of one pass
-    quantize: str
+    quantize: wire.Quantize
     device: Device
 
     @property
@@ -266,6 +267,7 @@ def compute(
             else:
                 hidden[i] = decoder.layers(hidden[i], first, last, rows, attention)
             yield Working(done, of)
+        del rows  # before the next stage is read
     return hidden
 
 

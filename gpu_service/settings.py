@@ -28,6 +28,7 @@ TABLE: dict[str, str] = {
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
+    "GPU_PREFIX_BYTES": "Disk for what frozen layers put out, kept for jobs' epochs and for later jobs; 0: none.",
     "GPU_MODELS_DIR": "Where models from the hub are kept, such as a mounted drive; not set: in `HF_HOME`.",
     "GPU_LOG_LEVEL": "`debug`, `info` (a line for each request), `warning` or `error`.",
     "GPU_LOG_FORMAT": "`json`: an object a line; `text`; `auto`: text on a terminal, else JSON.",
@@ -42,6 +43,9 @@ TUNNELS = ("none", "ngrok", "cloudflared", "relay")
 
 class BadSetting(Exception):
     """One line, for the person who starts the service."""
+
+
+DEFAULT_PREFIX_BYTES = 20 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,7 @@ class Settings:
     kv_share: float = 0.3  # of the memory that is free at start, for keys and values
     adapter_cache_bytes: int = 2 * 2**30  # of adapters held in memory
     blob_cache_bytes: int = 20 * 2**30  # of fetched files on disk
+    prefix_bytes: int = DEFAULT_PREFIX_BYTES
 
 
 def one_tokenizing_thread() -> None:
@@ -118,7 +123,11 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     every = text("GPU_CHECKPOINT_EVERY_S") or "0"
     if not every.replace(".", "", 1).isdigit():
         raise BadSetting(f"GPU_CHECKPOINT_EVERY_S is '{every}': use seconds, or 0 to have them chosen")
+    prefix_bytes = text("GPU_PREFIX_BYTES") or str(DEFAULT_PREFIX_BYTES)
+    if not prefix_bytes.isdigit():
+        raise BadSetting(f"GPU_PREFIX_BYTES is '{prefix_bytes}': use a number of bytes, or 0 to keep none")
     return Settings(
+        prefix_bytes=int(prefix_bytes),
         host=text("GPU_HOST") or "127.0.0.1",
         port=int(port),
         data_dir=Path(text("GPU_DATA_DIR") or "data/gpu"),

@@ -239,6 +239,16 @@ class Engine:
         writing = {id(row.request) for group in self._groups.values() for row in group.rows.values()}
         return len(self._admission) + len(self._readers) + len(writing)
 
+    def uses(self, model: str) -> bool:
+        """Whether anybody waits for this base model, or is being answered by it."""
+        requests = [*self._admission.waiting(), *(reader.request for reader in self._readers)]
+        requests += [row.request for group in self._groups.values() for row in group.rows.values()]
+        return any(request.served.model == model for request in requests)
+
+    def forget(self) -> None:
+        """What is kept for later turns, of any model: somebody needs the memory more."""
+        self._reuse.shrink(0)
+
     def needs_bytes(self, request: Request) -> int:
         """For all of its answers, at their longest."""
         geometry = request.served.decoder.geometry(self._dtype, self._device)

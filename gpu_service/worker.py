@@ -20,19 +20,22 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gpu_service import artifacts, costs, products, train
+from gpu_service import artifacts, costs, prepare, products, train
 from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
+from gpu_service.decoder import Decoder
 from gpu_service.device import Device, translate
 from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
 from gpu_service.metrics import Metrics
 from gpu_service.models import Base, Models
+from gpu_service.prefix import Shelf
 from gpu_service.rows import Dials, Rows
 from gpu_service.sampling import Sampling
 from gpu_service.scheduler import Scheduler
 from gpu_service.settings import Settings
 from gpu_service.text import Engine, Event, Finish, Request, Served
+from gpu_service.train import Job
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ PREFILL_CHUNK_TOKENS_GPU = 2048
 PROBE_TOKENS = 64  # of the pass that measures how fast a model runs here
 
 T = TypeVar("T")
-Report = train.Progress | train.State | train.Trained  # what a run says after a slice
+Report = prepare.Report  # what a run says after a slice
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Worker:
         chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self.metrics = self._measured()
+        self._shelf = Shelf(settings.data_dir / "prefix", settings.prefix_bytes)
         self._trainings: list[Training] = []
         self._served: dict[str, Served] = {}
         self._speeds: dict[str, float] = {}  # flops a second, by model
@@ -249,7 +253,7 @@ class Worker:
     def _run(self) -> None:
         while not self._stopping:
             self._read_inbox(wait=not self._text and not self._trainings)
-            kind = self._scheduler.choose(text=bool(self._text), train=bool(self._trainings))
+            kind = self._scheduler.choose(text=bool(self._text), train=self._may_train())
             if kind is None:
                 continue
             start = time.perf_counter()
@@ -264,6 +268,26 @@ class Worker:
         self._text.fail_all(stopping)
         for training in self._trainings:
             training.stream.send(stopping)
+
+    def _may_train(self) -> bool:
+        """A streamed run begins once nobody uses its model any more; from then on nobody can."""
+        if not self._trainings:
+            return False
+        training = self._trainings[0]
+        model = training.job.source.id
+        if training.steps is None and training.job.plan.stream_layers:
+            self._models.withhold(model)
+            if self._text.uses(model):
+                return False
+            self._served.pop(model, None)
+            self._text.forget()
+        return True
+
+    def _ended(self, training: Training) -> None:
+        self._trainings.remove(training)
+        if training.job.plan.stream_layers:
+            training.steps = None  # its weights, before the model comes back
+            self._models.restore(training.job.source.id)
 
     def _text_step(self) -> None:
         try:
@@ -324,21 +348,25 @@ class Worker:
                 raise StopIteration
             with training.own_random_state():
                 if training.steps is None:
-                    source = training.job.source
-                    decoder = self._serve(self._models.load(source.id)).decoder
-                    base = self._models.load(source.id, training.job.selection.quantize)
-                    training.steps = train.run(
-                        training.job, base, decoder, self._device, start=training.start, wanted=training.wanted
+                    training.steps = prepare.steps(
+                        training.job,
+                        self._device,
+                        self._shelf,
+                        lambda: self._resident(training.job),
+                        start=training.start,
+                        wanted=training.wanted,
                     )
                     training.start = None  # it has been copied
                 item = next(training.steps)
             self._count(training, item, time.perf_counter() - began)
+            if isinstance(item, train.Trained):
+                self._ended(training)
         except StopIteration:
-            self._trainings.remove(training)
+            self._ended(training)
             return
         except Exception as exc:  # the run ends here, whatever it was
             log.exception("a training run failed")
-            self._trainings.remove(training)
+            self._ended(training)
             item = translate(exc)
         training.stream.send(item)
 
@@ -352,6 +380,10 @@ class Worker:
         if item.train_loss is not None:
             self.metrics.train_step.observe(training.step_s)
             training.step_s = 0.0
+
+    def _resident(self, job: Job) -> tuple[Base, Decoder]:
+        decoder = self._serve(self._models.load(job.source.id)).decoder
+        return self._models.load(job.source.id, job.selection.quantize), decoder
 
     def _serve(self, base: Base) -> Served:
         source = base.source

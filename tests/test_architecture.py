@@ -52,7 +52,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["app", "tunnel", "dialout", "job", "lease", "link"],
         ["bodies", "gate"],
         ["worker"],
-        ["checkpoints", "text", "image", "train", "plan"],
+        ["checkpoints", "text", "image", "prepare", "train", "plan"],
         ["prefix", "data", "reuse"],
         ["decoder"],
         ["llama", "gpt2"],
