@@ -119,7 +119,8 @@ class _Routes:
     async def model_layers(self, model: str, request: Request) -> Response:
         await self._p.gate.admit(request)
         source, _ = await self._resolve(model)
-        return JSONResponse({"model": source.id, **layers.describe(source.tensors)})
+        told = {"model": source.id, "family": source.family, "tied": source.tied, "revision": source.revision}
+        return JSONResponse({**told, **layers.describe(source.tensors)})
 
     async def preview(self, request: Request) -> Response:
         """What a layer spec would train, and what that costs; nothing runs."""

@@ -14,21 +14,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal, Self
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 import wire
+from adapter import DESCRIPTION, FORMAT, MAGNITUDE, WEIGHTS, A, AdapterMeta, B, Description, lora_key
 from gpu_service.errors import BadAdapter, BadBlob
-from gpu_service.layers import LoraTarget, TensorInfo, lora_scale
+from gpu_service.layers import TensorInfo
 from gpu_service.lora import Lora
 
-WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
-FORMAT: Literal[2] = 2  # of the description
 CHUNK_BYTES = 2**20
 PART = ".part"  # suffix of a file that is being written
 
@@ -76,53 +75,6 @@ def file_ref(path: Path) -> wire.FileRef:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-class LoraMeta(wire.Message):
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0, allow_inf_nan=False)
-    rslora: bool = False
-    dora: bool = False
-
-    @classmethod
-    def of(cls, target: LoraTarget) -> Self:
-        return cls(rank=target.rank, alpha=target.alpha, rslora=target.rslora, dora=target.dora)
-
-    @property
-    def scale(self) -> float:
-        return lora_scale(self.rank, self.alpha, rslora=self.rslora)
-
-    def shapes(self, out_size: int, in_size: int) -> dict[str, tuple[int, ...]]:
-        """Of `Lora.tensors`."""
-        pair: dict[str, tuple[int, ...]] = {
-            "lora_A.weight": (self.rank, in_size),
-            "lora_B.weight": (out_size, self.rank),
-        }
-        return pair | {"lora_magnitude_vector": (out_size,)} if self.dora else pair
-
-
-class AdapterMeta(wire.Message):
-    """What an adapter is, and how it came to be. Tensors go by their names in the base model."""
-
-    format: Literal[1, 2] = 2  # 1 knew neither DoRA nor rsLoRA
-    family: wire.Family
-    base_model: str
-    base_revision: str
-    layers: list[wire.LayerSpec]
-    lora: dict[str, LoraMeta]
-    tensors: dict[str, tuple[int, ...]]  # shape in the base model, of all that is trained: in full or by lora
-    hyperparameters: wire.Hyperparameters  # as resolved
-    created_at: float  # unix time
-    trained_tokens: int = Field(ge=0)
-    training_loss: float | None = Field(default=None, allow_inf_nan=False)  # at the end
-    validation_loss: float | None = Field(default=None, allow_inf_nan=False)
-
-
-class _Description(wire.Message):
-    """adapter.json. It carries the weights' hash, so that the two files can't be mixed up or damaged unseen."""
-
-    meta: AdapterMeta
-    weights: wire.FileRef
-
-
 @dataclass(frozen=True)
 class Adapter:
     """Only what was trained. Keys are names in the base model."""
@@ -142,23 +94,19 @@ class Adapter:
         return sum(t.nbytes for t in [*self.full.values(), *lora])
 
 
-def _lora_key(name: str, ending: str) -> str:
-    return f"{name.removesuffix('.weight')}.{ending}"
-
-
 def save(folder: Path, adapter: Adapter) -> wire.AdapterManifest:
     """Write both files, the description last. https://huggingface.co/docs/safetensors"""
     assert {*adapter.full, *adapter.lora} == set(adapter.meta.tensors), "the description must name what was trained"
     assert adapter.lora.keys() == adapter.meta.lora.keys(), "the description must give every rank"
     tensors = dict(adapter.full)
     for name, lora in adapter.lora.items():
-        tensors.update((_lora_key(name, ending), tensor) for ending, tensor in lora.tensors.items())
+        tensors.update((lora_key(name, ending), tensor) for ending, tensor in lora.tensors.items())
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save({name: _own(tensor) for name, tensor in tensors.items()}))
     weights = file_ref(folder / WEIGHTS)
     with atomic_file(folder / DESCRIPTION) as file:
-        file.write(_Description(meta=adapter.meta, weights=weights).model_dump_json(indent=1).encode())
+        file.write(Description(meta=adapter.meta, weights=weights).model_dump_json(indent=1).encode())
     return wire.AdapterManifest(
         base_model=adapter.meta.base_model,
         base_revision=adapter.meta.base_revision,
@@ -182,7 +130,7 @@ def load(files: Mapping[str, Path], tensors: Sequence[TensorInfo]) -> Adapter:
     try:
         content = files[DESCRIPTION].read_bytes()
         _check_format(content)
-        described = _Description.model_validate_json(content)
+        described = Description.model_validate_json(content)
     except ValidationError as exc:
         message, _ = wire.validation_message([dict(error) for error in exc.errors()])
         raise BadAdapter(f"{DESCRIPTION} can't be used: {message}", param="model") from exc
@@ -204,8 +152,8 @@ def load(files: Mapping[str, Path], tensors: Sequence[TensorInfo]) -> Adapter:
             raise BadAdapter(f"{key} has values that are no finite numbers.", param="model")
     lora = {}
     for name, how in meta.lora.items():
-        magnitude = stored[_lora_key(name, "lora_magnitude_vector")] if how.dora else None
-        a, b = (stored[_lora_key(name, ending)] for ending in ("lora_A.weight", "lora_B.weight"))
+        magnitude = stored[lora_key(name, MAGNITUDE)] if how.dora else None
+        a, b = (stored[lora_key(name, ending)] for ending in (A, B))
         lora[name] = Lora(a, b, how.scale, magnitude)
     return Adapter(meta, {name: stored[name] for name in meta.tensors if name not in lora}, lora)
 
@@ -232,7 +180,7 @@ def _expected_shapes(meta: AdapterMeta, model: Mapping[str, TensorInfo]) -> dict
     shapes = {name: shape for name, shape in meta.tensors.items() if name not in meta.lora}
     for name, how in meta.lora.items():
         out_size, in_size = meta.tensors[name]
-        shapes |= {_lora_key(name, ending): shape for ending, shape in how.shapes(out_size, in_size).items()}
+        shapes |= {lora_key(name, ending): shape for ending, shape in how.shapes(out_size, in_size).items()}
     return shapes
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import wire
+from adapter import AdapterMeta
 from gpu_service import artifacts, costs, layers, train
 from gpu_service import plan as plans
-from gpu_service.artifacts import Adapter, AdapterMeta, BlobCache, LoraMeta
+from gpu_service.artifacts import Adapter, BlobCache
 from gpu_service.checkpoints import Stored
 from gpu_service.data import TokenStore
 from gpu_service.device import Device
@@ -295,8 +296,9 @@ class Jobs:
             family=source.family,
             base_model=source.id,
             base_revision=source.revision,
+            tied=source.tied,
             layers=spec.layers,
-            lora={t.tensor.name: LoraMeta.of(t) for t in selection.lora},
+            lora={t.tensor.name: t.meta for t in selection.lora},
             tensors={t.name: t.shape for t in [*selection.full, *(t.tensor for t in selection.lora)]},
             hyperparameters=chosen,
             created_at=self._link.now(),

@@ -9,11 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import prod
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
+from adapter import LoraMeta, lora_scale
 from gpu_service.errors import BadRequest, NoSuchLayer, NotYet, UnsupportedModel
 from wire import LayerSpec, Quantize
 
@@ -86,14 +87,14 @@ class LoraTarget:
         return lora_scale(self.rank, self.alpha, rslora=self.rslora)
 
     @property
+    def meta(self) -> LoraMeta:
+        """As an adapter says it."""
+        return LoraMeta(rank=self.rank, alpha=self.alpha, rslora=self.rslora, dora=self.dora)
+
+    @property
     def n_params(self) -> int:
         """A is (rank, in), B is (out, rank); DoRA has a length for each of `out` rows besides."""
         return self.rank * sum(self.tensor.shape) + self.dora * self.tensor.shape[0]
-
-
-def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
-    """rsLoRA (arXiv:2312.03732) divides by the root, so that a high rank still learns as far as a low one."""
-    return alpha / (sqrt(rank) if rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ def describe(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
 
     def rows(layer: int | None) -> list[dict[str, Any]]:
         return [
-            {"name": t.name, "shape": list(t.shape), "part": t.part, "parameters": t.n_params}
+            {"name": t.name, "shape": list(t.shape), "part": t.part, "parameters": t.n_params, "linear": t.linear}
             for t in tensors
             if t.layer == layer
         ]

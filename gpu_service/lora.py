@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapter import MAGNITUDE, A, B
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -23,8 +25,8 @@ class Lora:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Those that are trained and stored, by their endings in a file, which are peft's."""
-        pair = {"lora_A.weight": self.a, "lora_B.weight": self.b}
-        return pair if self.magnitude is None else pair | {"lora_magnitude_vector": self.magnitude}
+        pair = {A: self.a, B: self.b}
+        return pair if self.magnitude is None else pair | {MAGNITUDE: self.magnitude}
 
     def on_cpu(self) -> "Lora":
         """What is trained, out of the graph."""

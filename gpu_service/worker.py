@@ -422,7 +422,7 @@ class Worker:
             self._adapters.move_to_end(wanted.id)
             return self._adapters[wanted.id]
         adapter = artifacts.load(wanted.files, base.source.tensors)
-        if adapter.meta.base_revision != base.source.revision:
+        if adapter.meta.base_revision not in ("", base.source.revision):
             # The same weights have one revision as a folder and another from the hub: no reason to refuse.
             log.warning("%s has another revision here than the one that this adapter was trained on", base.source.id)
         adapter = adapter.served(self._device.torch, self._device.precision.dtype, base.whole)

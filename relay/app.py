@@ -18,8 +18,9 @@ from starlette.responses import Response
 
 import logs
 import wire
-from relay import api_admin, api_gpu, api_openai, api_ops, api_ui, api_webhooks, errors
+from relay import api_adapters, api_admin, api_gpu, api_openai, api_ops, api_ui, api_webhooks, errors
 from relay.accounts import KEY_PREFIX, Accounts
+from relay.adapters import Adapters
 from relay.audit import Audit
 from relay.blobs import Blobs
 from relay.checkpoints import Checkpoints
@@ -161,6 +162,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     openai = api_openai.OpenAIApi(
         sessions, limits, gpus, jobs, files, models, blobs, room, client, proxy, waiting, usage, dispatcher, settings
     )
+    adapters = Adapters(store, blobs, room, settings, clock)
+    app.include_router(api_adapters.router(api_adapters.AdapterApi(openai, adapters)))
     app.include_router(api_openai.router(openai))
     app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
     app.include_router(

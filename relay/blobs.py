@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,16 @@ class Incoming:
 
     async def write(self, chunk: bytes) -> None:
         """Raises the bound's error as soon as it is passed."""
-        self.bytes += len(chunk)
-        if self.bytes > self._bound.bytes:
-            raise self._bound.past
+        self.count(len(chunk))
         self._buffer += chunk
         if len(self._buffer) >= BUFFER_BYTES:
             await self._flush()
+
+    def count(self, bytes: int) -> None:
+        """So much more comes. Raises the bound's error."""
+        self.bytes += bytes
+        if self.bytes > self._bound.bytes:
+            raise self._bound.past
 
     async def finish(self) -> None:
         """Everything is on disk, under its temporary name."""
@@ -63,6 +68,11 @@ class Incoming:
     async def _flush(self) -> None:
         data, self._buffer = bytes(self._buffer), bytearray()
         await asyncio.to_thread(self._append, data)
+
+    def put(self, data: bytes) -> None:
+        """At once, by a thread that has nothing else to do. Raises the bound's error as soon as it is passed."""
+        self.count(len(data))
+        self._append(data)
 
     def _append(self, data: bytes) -> None:
         self._hash.update(data)
@@ -138,6 +148,10 @@ class Blobs:
                 raise
             message = "the relay's disk is full: its administrator must make room, then send it again"
             raise errors.DiskFull(message) from exc
+
+    def scratch(self) -> IO[bytes]:
+        """A file without a name: once closed it is gone, and with the process too."""
+        return tempfile.TemporaryFile(dir=self._incoming)
 
     async def keep(self, incoming: Incoming) -> None:
         """The finished blob gets its name, for good. The same content twice is one blob."""

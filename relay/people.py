@@ -131,6 +131,7 @@ class People:
     async def _remove_user(self, user: Row[Any]) -> None:
         async with letting_go(self._store, self._blobs) as (db, gone):
             await db.execute(delete(files).where(files.c.owner == user.id))
+            await db.execute(delete(models).where(models.c.owner == user.id))  # imported: no job took them along
             gone |= await refs.unname_owned(db, user.id)
             theirs = select(keys.c.id).where(keys.c.owner == user.id)
             await db.execute(delete(key_rules).where(key_rules.c.key_id.in_(theirs)))

@@ -16,6 +16,8 @@ from relay import errors
 from relay.models import Model
 
 EVENT_PREFIX = "ftevent-"
+SUFFIX = "use letters, digits, '-' and '_': it becomes part of the model's name"
+MAX_SUFFIX_CHARS = 64
 PUBLIC_STATUS = {"leased": "queued", "finalizing": "running"}  # the others have OpenAI's names
 
 
@@ -38,7 +40,7 @@ class JobRequest(_Asked):
     model: str = Field(min_length=1, max_length=400)
     training_file: str = Field(min_length=1, max_length=100)
     validation_file: str | None = Field(default=None, max_length=100)
-    suffix: str | None = Field(default=None, min_length=1, max_length=64)
+    suffix: str | None = Field(default=None, min_length=1, max_length=MAX_SUFFIX_CHARS)
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     method: Method | None = None
     hyperparameters: wire.Hyperparameters | None = None  # where the API had them before `method`
@@ -57,8 +59,8 @@ class JobRequest(_Asked):
     @field_validator("suffix")
     @classmethod
     def _in_a_name(cls, suffix: str | None) -> str | None:
-        if suffix is not None and not (suffix.isascii() and suffix.replace("-", "").replace("_", "").isalnum()):
-            raise ValueError("use letters, digits, '-' and '_': it becomes part of the model's name")
+        if suffix is not None and not _fits_a_name(suffix):
+            raise ValueError(SUFFIX)
         return suffix
 
     @model_validator(mode="after")
@@ -75,6 +77,17 @@ class JobRequest(_Asked):
     @cached_property
     def chosen_seed(self) -> int:
         return secrets.randbelow(2**31) if self.seed is None else self.seed
+
+
+def _fits_a_name(suffix: str) -> bool:
+    return suffix.isascii() and suffix.replace("-", "").replace("_", "").isalnum()
+
+
+def suffix(text: str | None) -> str | None:
+    """As a job's. Raises InvalidRequest."""
+    if text is not None and not (len(text) <= MAX_SUFFIX_CHARS and _fits_a_name(text)):
+        raise errors.InvalidRequest(f"suffix: {SUFFIX}", param="suffix")
+    return text
 
 
 def page(shape: Callable[[Row[Any]], dict[str, Any]], rows: Iterable[Row[Any]], more: bool) -> dict[str, Any]:

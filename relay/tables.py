@@ -313,7 +313,7 @@ models = Table(
     Column("id", String(400), primary_key=True),
     Column("owner", ForeignKey("users.id"), nullable=False),
     Column("base_model", ForeignKey("base_models.id"), nullable=False),
-    Column("job_id", ForeignKey("jobs.id"), nullable=False, unique=True),
+    Column("job_id", ForeignKey("jobs.id"), unique=True),  # null: imported
     Column("adapter", JSON, nullable=False),  # wire.AdapterManifest
     Column("created_at", Float, nullable=False),
     Index("models_by_owner", "owner", "created_at"),

@@ -14,13 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import wire
+from adapter import DESCRIPTION, WEIGHTS, AdapterMeta, LoraMeta
 from gpu_service.artifacts import (
-    DESCRIPTION,
-    WEIGHTS,
     Adapter,
-    AdapterMeta,
     BlobCache,
-    LoraMeta,
     atomic_file,
     load,
     save,

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 import wire
+from adapter import lora_scale
 from gpu_service import checkpoints, layers, train
 from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
 from gpu_service.data import Batch
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest
-from gpu_service.layers import TensorInfo, gpt2_tensors, llama_tensors, lora_scale
+from gpu_service.layers import TensorInfo, gpt2_tensors, llama_tensors
 from gpu_service.lora import Lora
 from gpu_service.models import FAMILIES, Base, read_base
 from gpu_service.rows import Rows

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import wire
+from adapter import AdapterMeta
 from demo import gpt2
-from gpu_service.artifacts import Adapter, AdapterMeta
+from gpu_service.artifacts import Adapter
 from gpu_service.cache import Attention
 from gpu_service.device import Device
 from gpu_service.errors import OutOfMemory
