@@ -169,10 +169,10 @@ async def test_an_import_counts_as_storage_and_a_file_does_too(start_relay: Any)
         gpu.layers = lambda request, body: _answer()
         assert (await send(relay, zipped())).status_code == 200
         answer = await send(relay, zipped(), suffix="again")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "quota_exceeded")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "quota_exceeded")
         row = b'{"text": "' + b"a" * 2_000 + b'"}'
         sent = await relay.http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", row)})
-        assert (sent.status_code, sent.json()["error"]["code"]) == (403, "quota_exceeded")
+        assert (sent.status_code, sent.json()["error"]["code"]) == (413, "quota_exceeded")
 
 
 async def _answer() -> web.StreamResponse:
