@@ -366,4 +366,4 @@ def test_a_job_keeps_to_its_states_whatever_happens_in_whatever_order() -> None:
 
 @pytest.mark.long
 def test_a_job_keeps_to_its_states_for_longer() -> None:
-    run(examples=40, steps=60)
+    run(examples=25, steps=60)
