@@ -186,8 +186,7 @@ async def test_training_killed_at_random_steps_across_gpus_ends_with_the_same_we
     chance = random.Random(11)
     job_id = await start_job(world, n_epochs=EPOCHS_OF_KILLED)
     for _ in range(KILLS):
-        saved = saved_step(world, job_id)
-        await world.eventually(lambda before=saved: saved_step(world, job_id) > before)
+        await until_saved_after(world, job_id, saved_step(world, job_id))
         aim = saved_step(world, job_id) + chance.randint(0, 8)
         holder: list[dict[str, Any]] = []
 
@@ -205,6 +204,10 @@ async def test_training_killed_at_random_steps_across_gpus_ends_with_the_same_we
     assert said(world, job_id, "Given to gpu") > KILLS
     assert weights_sha256(world, job_id) == weights_sha256(world, never_killed)
     ended_once(world, job_id)
+
+
+async def until_saved_after(world: World, job_id: str, step: int) -> None:
+    await world.eventually(lambda: saved_step(world, job_id) > step)
 
 
 def saved_step(world: World, job_id: str) -> int:
