@@ -241,6 +241,7 @@ class Heartbeat(Message):
     models: list[OfferedModel] = Field(max_length=200)
     leases: list[HeldLease] = Field(max_length=100)
     active_requests: int = Field(ge=0, le=MAX_COUNT)
+    draining: bool = False  # as it was told
 
 
 class GrantLease(Message):
@@ -271,6 +272,12 @@ class Drain(Message):
     kind: Literal["drain"] = "drain"
 
 
+class Undrain(Message):
+    """Take live requests again."""
+
+    kind: Literal["undrain"] = "undrain"
+
+
 class LoadModel(Message):
     """Have this base model in memory: somebody waits for it."""
 
@@ -278,7 +285,7 @@ class LoadModel(Message):
     model: str
 
 
-Command = Annotated[GrantLease | CancelLease | PauseLease | Drain | LoadModel, Field(discriminator="kind")]
+Command = Annotated[GrantLease | CancelLease | PauseLease | Drain | Undrain | LoadModel, Field(discriminator="kind")]
 
 
 class HeartbeatReply(Message):

@@ -85,6 +85,10 @@ class Jobs:
         self._reporters: dict[str, Reporter] = {}  # by job, of the leases that run
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed: its leases are gone
 
+    def draining(self) -> bool:
+        """As the relay told it: nothing new is taken."""
+        return self._worker.draining
+
     def held(self) -> list[wire.HeldLease]:
         return [wire.HeldLease(job_id=job_id, fence=fence) for job_id, fence in self._runs]
 
@@ -95,7 +99,6 @@ class Jobs:
     def obey(self, command: wire.Command) -> None:
         match command:
             case wire.GrantLease():
-                self._worker.draining = False  # the relay gives work again
                 self.start(command)
             case wire.CancelLease():
                 if (run := self._runs.get((command.job_id, command.fence))) and run.task:
@@ -108,6 +111,8 @@ class Jobs:
                 self._worker.draining = True
                 for run in self._runs.values():
                     run.give_back("drained")
+            case wire.Undrain():
+                self._worker.draining = False
             case wire.LoadModel():
                 task = asyncio.create_task(self._load(command.model))
                 self._loading.add(task)
@@ -120,6 +125,8 @@ class Jobs:
             run = self._runs[lease] = Run()
             run.task = asyncio.create_task(self._run(grant, run), name=f"job {grant.job.job_id}")
             run.task.add_done_callback(lambda _: self._runs.pop(lease, None))
+            if self._worker.draining:  # it was granted before the relay knew; the run begins, and gives it back
+                asyncio.get_running_loop().call_soon(run.give_back, "drained")
 
     async def _load(self, model: str) -> None:
         try:

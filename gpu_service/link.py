@@ -64,6 +64,7 @@ class Jobs(Protocol):
     """What the link needs of whoever runs the leases."""
 
     def held(self) -> list[wire.HeldLease]: ...
+    def draining(self) -> bool: ...
     def obey(self, command: wire.Command) -> None: ...
 
 
@@ -221,6 +222,7 @@ class Link:
             models=self._models.offered(),
             leases=jobs.held(),
             active_requests=self._active_requests(),
+            draining=jobs.draining(),
         )
         reply = _parse(wire.HeartbeatReply, _checked(await self._signed("POST", "/gpu/heartbeat", beat)))
         if reply.reachable is not self.reachable:

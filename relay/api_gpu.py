@@ -94,7 +94,7 @@ def router(api: GpuApi) -> APIRouter:
         await api.gpus.heard(by, beat)
         await api.leases.renew(by, beat.leases)
         api.dispatcher.wake()
-        commands = await api.dispatcher.commands(by, beat.leases, api.settings.heartbeat_s)
+        commands = await api.dispatcher.commands(by, beat, api.settings.heartbeat_s)
         return wire.HeartbeatReply(
             relay_time=api.clock(), reachable=api.gpus.reachable(by.gpu_id, by.epoch), commands=commands
         )

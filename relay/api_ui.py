@@ -375,9 +375,10 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
 
     @routes.post("/gpus/{gpu_id}/drain")
     async def drain(gpu_id: str, request: Request) -> JSONResponse:
-        """No new live requests for it from this process; those that run go on to their end. DELETE takes it back."""
+        """Nothing new for it; live requests go on to their end, jobs are given back. DELETE takes it back."""
         user = await api.admin(request, "drains gpus")
         await api.gpus.drain(gpu_id)
+        api.dispatcher.ring(gpu_id)
         await api.audit.write(api.by(request, user), "gpu.drain", gpu_id)
         return JSONResponse({"id": gpu_id, "draining": True})
 
@@ -385,6 +386,7 @@ def _gpus(routes: APIRouter, api: UiApi) -> None:
     async def undrain(gpu_id: str, request: Request) -> JSONResponse:
         user = await api.admin(request, "drains gpus")
         await api.gpus.drain(gpu_id, on=False)
+        api.dispatcher.ring(gpu_id)
         await api.audit.write(api.by(request, user), "gpu.undrain", gpu_id)
         return JSONResponse({"id": gpu_id, "draining": False})
 

@@ -7,7 +7,6 @@ correct without speaking to each other, and at worst a second late.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
 
 import wire
 from relay.gpus import Gpus
@@ -67,7 +66,7 @@ class Dispatcher:
             log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
             self.ring(match.gpu_id)
 
-    async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease], hold_s: float) -> list[wire.Command]:
+    async def commands(self, by: wire.SignedBy, beat: wire.Heartbeat, hold_s: float) -> list[wire.Command]:
         """What the gpu must do; waits for it up to `hold_s`."""
         bell = asyncio.Event()
         bells = self._bells.setdefault(by.gpu_id, set())
@@ -77,7 +76,8 @@ class Dispatcher:
         try:
             while True:
                 bell.clear()  # before the look, so that what comes in between is not missed
-                commands = [*await self._leases.commands(by, held), *await self._gpus.to_load(by)]
+                due = await self._leases.commands(by, beat.leases, drains=beat.draining)
+                commands = [*due, *await self._gpus.to_load(by)]
                 left_s = until - loop.time()
                 if commands or left_s <= 0 or self._stopping.is_set():
                     return commands

@@ -34,6 +34,8 @@ log = logging.getLogger("relay.gpus")
 
 SHOWN_FOR_S = 24 * 3600.0  # a gpu that left is still listed this long
 SHOWN = 100
+PROOF_S = 5.0  # a URL that was not proven for as long gets no prompt before it is proven again
+PROOF_WAIT_S = 5.0  # for that; a gpu that can't answer a challenge sooner is left for another
 LOAD_AGAIN_S = 60.0  # a gpu that was told to load a model is not told again sooner
 
 
@@ -45,6 +47,7 @@ class Gpus:
         self._clock = clock
         self._seen = wire.SeenNonces()
         self._proven: dict[str, int] = {}  # gpu id -> the epoch whose URL led to it
+        self._proven_at: dict[str, float] = {}
         self._tried_at: dict[str, float] = {}
         self._challenges: dict[tuple[str, int], asyncio.Task[None]] = {}  # under way, by gpu id and epoch
         self._calls: set[Call] = set()  # live requests of this process
@@ -206,6 +209,7 @@ class Gpus:
         self._tried_at = {i: max(self._tried_at.get(i, 0.0), gpu.enrolled_at) for i, gpu in alive.items()}
         self._breakers = {i: b for i, b in self._breakers.items() if i in alive and b.epoch == alive[i].to.epoch}
         self._told_to_load = {key: told for key, told in self._told_to_load.items() if key[0] in alive}
+        self._proven_at = {i: at for i, at in self._proven_at.items() if i in alive or i in self._proven}
         for gpu_id, gpu in alive.items():
             due = gpu_id == at_once or now - self._tried_at[gpu_id] >= self._settings.heartbeat_s
             if due and not self.reachable(gpu_id, gpu.to.epoch):
@@ -237,9 +241,30 @@ class Gpus:
             return
         if not proven:
             log.warning("gpu %s: what is behind its URL is not the gpu that enrolled", to.gpu_id)
+            self.unproven(wire.SignedBy(gpu_id=to.gpu_id, epoch=to.epoch))
             return
-        self._proven[to.gpu_id] = to.epoch
-        log.info("gpu %s %r is reachable", to.gpu_id, to.name)
+        if not self.reachable(to.gpu_id, to.epoch):
+            log.info("gpu %s %r is reachable", to.gpu_id, to.name)
+        self._proven[to.gpu_id], self._proven_at[to.gpu_id] = to.epoch, self._clock()
+
+    async def be_sure(self, to: Endpoint) -> None:
+        """Before a prompt goes there: a URL may change hands while its gpu lives on. Raises GpuUnreachable.
+
+        While requests come, the proof is renewed beside them, and nobody waits. A socket that the gpu opened is the
+        gpu's for as long as it lasts.
+        """
+        age_s = self._clock() - self._proven_at.get(to.gpu_id, 0.0)
+        if to.tunnel == wire.DIALLED or age_s < PROOF_S / 2:
+            return
+        self._start_challenge(to)
+        if age_s < PROOF_S:
+            return
+        which = (to.gpu_id, to.epoch)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROOF_WAIT_S):
+                await asyncio.wait({self._challenges[which]})
+        if not self.reachable(*which) or self._clock() - self._proven_at[to.gpu_id] >= PROOF_S:
+            raise errors.GpuUnreachable(f"gpu {to.name!r} can't be reached: it does not prove itself. Try again.")
 
     # --- choosing one ---
 

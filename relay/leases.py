@@ -192,28 +192,33 @@ class Leases:
         async with self._store.write() as db:
             await db.execute(update(jobs).where(mine).values(lease_until=self._term()))
 
-    async def commands(self, by: wire.SignedBy, held: Sequence[wire.HeldLease]) -> list[wire.Command]:
-        """What the gpu must do so that what it holds is what the database says. The same each time until it has."""
+    async def commands(
+        self, by: wire.SignedBy, held: Sequence[wire.HeldLease], *, drains: bool = False
+    ) -> list[wire.Command]:
+        """What the gpu must do so that what it holds is what the database says. The same each time until it has.
+
+        `drains`: it says that it does. A gpu that drains gives back what it holds by itself.
+        """
         query = select(jobs).where(jobs.c.gpu_id == by.gpu_id, jobs.c.gpu_epoch == by.epoch, jobs.c.status.in_(LEASED))
         async with self._store.read() as db:
             mine = {(job.id, job.fence): job for job in await db.execute(query)}
-            drains = select(gpus.c.id).where(gpus.c.id == by.gpu_id, gpus.c.draining)
-            draining = bool(mine) and (await db.execute(drains)).first() is not None
+            should = (await db.execute(select(gpus.c.draining).where(gpus.c.id == by.gpu_id))).scalar()
         reported = {(lease.job_id, lease.fence) for lease in held}
+        turns: list[wire.Command] = []
+        if should is not None and should != drains:
+            turns = [wire.Drain() if should else wire.Undrain()]
         cancels = [wire.CancelLease(job_id=job_id, fence=fence) for job_id, fence in sorted(reported - mine.keys())]
         pauses = [
             wire.PauseLease(job_id=job_id, fence=fence)
             for (job_id, fence), job in mine.items()
-            if (job_id, fence) in reported
-            and (draining or job.pause_asked_at is not None)  # whose owner has not asked is queued again
-            and job.status != "finalizing"
+            if (job_id, fence) in reported and job.pause_asked_at is not None and job.status != "finalizing"
         ]
         grants = [
             wire.GrantLease(fence=fence, job=job_spec(job, await self._checkpoints(job_id)))
             for (job_id, fence), job in mine.items()
             if (job_id, fence) not in reported
         ]
-        return [*cancels, *pauses, *grants]
+        return [*turns, *cancels, *pauses, *grants]
 
     async def _checkpoints(self, job_id: str) -> list[wire.Checkpoint]:
         kept = select(checkpoints.c.manifest).where(checkpoints.c.job_id == job_id)

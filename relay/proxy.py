@@ -90,6 +90,7 @@ class Proxy:
         while len(tried) < TRIES and (to := await self._gpus.choose(ask.base_model, exclude=tried)):
             chosen(to)
             try:
+                await self._gpus.be_sure(to)
                 return await self._open(to, ask)
             except errors.GpuUnreachable as exc:
                 log.warning("%s", exc.message)

@@ -53,6 +53,7 @@ class DoubleGpu:
         self.answer: Answer = say_fine
         self.layers: Answer = say_layers
         self.loaded = True
+        self.draining = False
         self.proves = True  # whether it can answer the challenge
         self.prompts: list[bytes] = []  # bodies of generations, as they came
         self.headers: list[dict[str, str]] = []
@@ -112,7 +113,9 @@ class DoubleGpu:
         return await self.http.request(method, target, content=body, headers=self.sign(method, target, body))
 
     async def beat(self, *leases: wire.HeldLease) -> wire.HeartbeatReply:
-        beat = wire.Heartbeat(free_bytes=1, models=self.offered(), leases=list(leases), active_requests=0)
+        beat = wire.Heartbeat(
+            free_bytes=1, models=self.offered(), leases=list(leases), active_requests=0, draining=self.draining
+        )
         response = await self.call("POST", "/gpu/heartbeat", beat)
         assert response.status_code == 200, response.text
         return wire.HeartbeatReply.model_validate_json(response.content)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import wire
 from relay import errors
 from relay.breaker import FAILURES, FIRST_OPEN_S, LONGEST_OPEN_S
+from relay.gpus import PROOF_S
 from relay.proxy import whole_frames
 from tests.relay.conftest import Relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, cut, say_fine, start_stream
@@ -328,6 +329,34 @@ async def test_a_draining_gpu_ends_what_runs_and_gets_nothing_new(relay: Relay, 
     assert (await relay.http.delete(drain)).json()["draining"] is False
     assert (await chat(relay)).status_code == 200
     assert (await relay.http.post("/api/gpus/nobody/drain")).status_code == 404
+
+
+async def test_a_url_that_changed_hands_while_its_gpu_lives_on_gets_no_prompt(relay: Relay, gpu: DoubleGpu) -> None:
+    assert (await chat(relay)).status_code == 200
+    gpu.proves = False
+    relay.clock.advance(PROOF_S + 0.1)
+    await gpu.beat()  # it is alive all the same
+    assert error_of(await chat(relay))["code"] in ("gpu_unreachable", "no_gpu")
+    assert len(gpu.prompts) == 1
+    gpu.proves = True
+    await gpu.until_reachable()
+    assert (await chat(relay)).status_code == 200
+
+
+async def test_a_proof_is_renewed_beside_the_requests_and_seldom(relay: Relay, gpu: DoubleGpu) -> None:
+    challenges = len(gpu.headers)
+    for _ in range(5):
+        assert (await chat(relay)).status_code == 200
+    assert len(gpu.headers) - len(gpu.prompts) == challenges
+    relay.clock.advance(PROOF_S * 0.6)
+    await gpu.beat()
+    for _ in range(5):
+        assert (await chat(relay)).status_code == 200
+    await until(lambda: len(gpu.headers) - len(gpu.prompts) == challenges + 1)
+    relay.clock.advance(PROOF_S * 0.45)  # past the first proof, within the second
+    await gpu.beat()
+    gpu.proves = False
+    assert (await chat(relay)).status_code == 200
 
 
 async def test_a_redirect_is_not_followed(relay: Relay, gpu: DoubleGpu) -> None:
