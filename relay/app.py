@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,7 @@ from relay.health import Health
 from relay.jobs import Jobs
 from relay.leases import Leases
 from relay.limits import Limits
+from relay.lines import Lines
 from relay.metrics import Metrics
 from relay.models import Models
 from relay.outbox import Outbox
@@ -103,10 +104,14 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     proxy = Proxy(gpus, client, stopping, metrics, usage)
     passwords = Passwords(store, accounts, clock)
     sessions, limits = Sessions(store, accounts, clock), Limits(clock)
-    generations = Generations(proxy, gpus, metrics)
-    waiting = Waiting(proxy, gpus, metrics)
-    lines = {"api": waiting.n_waiting, "page": generations.n_waiting}
-    vitals = Vitals(metrics, store, blobs, gpus, settings, lines)
+    lines = Lines()
+    generations = Generations(proxy, gpus, lines, metrics)
+    waiting = Waiting(proxy, gpus, lines, metrics)
+    waiting_by: dict[str, Callable[[], int]] = {
+        "api": lambda: lines.waiting("api"),
+        "page": lambda: lines.waiting("page"),
+    }
+    vitals = Vitals(metrics, store, blobs, gpus, settings, waiting_by)
     outbox = Outbox(store, clock, metrics, allow_loopback=settings.allow_loopback_gpus)
     webhooks = Webhooks(store, clock, allow_loopback=settings.allow_loopback_gpus)
     page = Page(settings.page_dir)

@@ -1,12 +1,11 @@
 """Generations for the page: each waits for a gpu, its frames are numbered, and a reader who was cut off comes back.
 
 A generation belongs to who asked. It lives in this process alone, for as long as somebody reads it and KEEP_S more.
-Who waits stands in a line for each base model, in the order of asking. Knows nothing of HTTP.
+Who waits stands in the line of all who wait for that base model (lines.py). Knows nothing of HTTP.
 """
 
 import asyncio
-import bisect
-import itertools
+import contextlib
 import json
 import logging
 import secrets
@@ -16,9 +15,11 @@ from typing import Any
 
 from relay import errors
 from relay.gpus import Gpus
+from relay.lines import Line, Lines, Place
 from relay.metrics import Metrics
-from relay.proxy import BUSY, Ask, Opened, Proxy
+from relay.proxy import Ask, Opened, Proxy
 from relay.transport import Endpoint
+from relay.waiting import attempt
 
 log = logging.getLogger("relay.generations")
 
@@ -32,8 +33,7 @@ MAX_OPEN = 16  # of one user
 class Generation:
     """Frames as they came, each numbered from 1, for any number of readers."""
 
-    def __init__(self, owner: str, number: int = 0) -> None:
-        self.number = number  # counts up, in the order of asking
+    def __init__(self, owner: str) -> None:
         self.id = f"gen-{secrets.token_hex(12)}"
         self.owner = owner
         self.over = False
@@ -77,56 +77,25 @@ class Generation:
         self._news = asyncio.Event()
 
 
-class Line:
-    """Who waits for one base model, the first in front, and why."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Generation] = []
-        self.reason = "queue"
-        self.moved = asyncio.Event()
-
-    def join(self, generation: Generation) -> None:
-        """At the place that the time of asking gives."""
-        if generation not in self.waiting:
-            bisect.insort(self.waiting, generation, key=lambda g: g.number)
-            self._step()
-
-    def leave(self, generation: Generation) -> None:
-        if generation in self.waiting:
-            self.waiting.remove(generation)
-            self._step()
-
-    def place(self, generation: Generation) -> int:
-        return self.waiting.index(generation) + 1
-
-    def _step(self) -> None:
-        self.moved.set()
-        self.moved = asyncio.Event()
-
-
 class Generations:
-    def __init__(self, proxy: Proxy, gpus: Gpus, metrics: Metrics, keep_s: float = KEEP_S) -> None:
+    def __init__(self, proxy: Proxy, gpus: Gpus, lines: Lines, metrics: Metrics, keep_s: float = KEEP_S) -> None:
         self._proxy = proxy
         self._gpus = gpus
         self._metrics = metrics
         self._keep_s = keep_s
         self._all: dict[str, Generation] = {}
-        self._lines: dict[str, Line] = {}
-        self._numbers = itertools.count()
+        self._lines = lines
 
     def start(self, owner: str, ask: Ask) -> Generation:
         """Raises TooMany."""
         if sum(g.owner == owner and not g.over for g in self._all.values()) >= MAX_OPEN:
             raise errors.TooMany(f"{MAX_OPEN} answers are under way already: wait for one, or stop one")
-        generation = Generation(owner, next(self._numbers))
+        generation = Generation(owner)
         self._all[generation.id] = generation
         generation.say(json.dumps({"type": "started", "id": generation.id}))
         generation.task = asyncio.create_task(self._run(generation, ask), name=generation.id)
         self._forget_later(generation)  # for who leaves before reading anything
         return generation
-
-    def n_waiting(self) -> int:
-        return sum(len(line.waiting) for line in self._lines.values())
 
     def get(self, owner: str, generation_id: str) -> Generation:
         """Raises NotFound."""
@@ -183,54 +152,44 @@ class Generations:
 
     async def _opened(self, generation: Generation, ask: Ask) -> Opened:
         """A gpu's answer, however long that takes."""
-        line, began = self._lines.setdefault(ask.base_model, Line()), time.monotonic()
-        line.join(generation)
+        began = time.monotonic()
         try:
-            while True:
-                if line.waiting[0] is generation:
-                    opened, line.reason = await self._attempt(generation, ask, line)
-                    if opened:
-                        return opened
-                    line.join(generation)  # again, if a gpu was chosen for it in vain
-                elif generation.told is None:
-                    await asyncio.sleep(SOON_S)  # those in front are most likely on their way
-                    if generation is line.waiting[0]:
-                        continue
-                place = line.place(generation)
-                generation.tell_place(place, line.reason)
-                await self._moved(line, generation, place)
+            with (
+                self._lines.joined(ask.base_model, ask.caller, "page") as (line, place),
+                self._gpus.waiting_for(ask.base_model),
+            ):
+                return await self._in_turn(generation, ask, line, place)
         finally:
             self._metrics.waited["page"].observe(time.monotonic() - began)
-            line.leave(generation)
 
-    async def _moved(self, line: Line, generation: Generation, place: int) -> None:
-        """Until there is something new to say or to try."""
-        reason, until = line.reason, asyncio.get_running_loop().time() + TRY_EVERY_S
-        try:
-            async with asyncio.timeout_at(until):
-                while line.place(generation) == place and line.reason == reason:
-                    await line.moved.wait()
-        except TimeoutError:
-            pass
-
-    async def _attempt(self, generation: Generation, ask: Ask, line: Line) -> tuple[Opened | None, str]:
-        """An answer, or why there is none yet. Raises what another gpu would not mend."""
-
+    async def _in_turn(self, generation: Generation, ask: Ask, line: Line, place: Place) -> Opened:
         def chosen(to: Endpoint) -> None:
             generation.told = None
             generation.say(json.dumps({"type": "reading", "gpu": to.name}))
-            line.leave(generation)  # the next may try while this one's prompt is read
+            line.serve(place)  # the next may try while this one's prompt is read
 
-        try:
-            opened = await self._proxy.open(ask, chosen)
-        except errors.NoGpu:
-            return None, "gpu_unreachable" if await self._gpus.any_alive(ask.base_model) else "no_gpu"
-        except errors.GpuUnreachable:
-            return None, "gpu_unreachable"
-        if opened.answer.status in BUSY:
-            opened.held.close()
-            return None, "busy"
-        return opened, "queue"
+        while True:
+            if line.is_first(place):
+                opened, line.reason = await attempt(self._proxy, self._gpus, ask, chosen)
+                if opened:
+                    return opened
+                line.rejoin(place)  # if a gpu was chosen for it in vain
+            elif generation.told is None:
+                await asyncio.sleep(SOON_S)  # those in front are most likely on their way
+                if line.is_first(place):
+                    continue
+            rank = line.rank(place)
+            generation.tell_place(rank, line.reason)
+            await _moved(line, place, rank)
+
+
+async def _moved(line: Line, place: Place, rank: int) -> None:
+    """Until there is something new to say or to try."""
+    reason = line.reason
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(TRY_EVERY_S):
+            while line.rank(place) == rank and line.reason == reason:
+                await line.moved.wait()
 
 
 async def _pass_on(generation: Generation, opened: Opened) -> None:

@@ -47,7 +47,7 @@ FLOORS: dict[str, list[list[str]]] = {
             "jobs",
             "room",
         ],
-        ["gpu_client", "calls", "roster", "breaker", "fairness"],
+        ["gpu_client", "calls", "roster", "breaker", "fairness", "lines"],
         ["outbox", "meter"],
         ["backup", "dialout", "transport", "sweep", "health"],
         ["refs", "blobs", "store"],

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from relay import generations
+from relay.lines import Lines
 from relay.metrics import Metrics
 from tests.relay.conftest import Relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, cut, start_stream
@@ -93,6 +94,26 @@ async def test_without_a_gpu_it_waits_and_is_answered_when_one_comes(relay: Rela
             assert len(gpu.prompts) == 2
 
 
+async def test_the_page_and_the_api_wait_in_one_line_and_users_take_turns_in_it(relay: Relay) -> None:
+    async with relay.gpu():
+        pass
+    relay.clock.advance(60)
+    key = (await relay.http.post("/api/keys", json={"user": "modest"})).json()["key"]
+    body = {**ASK["body"], "stream": True, "wait_s": 60, "user": "modest"}
+    headers = {"authorization": f"Bearer {key}"}
+    async with reading(relay) as first, reading(relay) as second:
+        for reader, place in ((first, 1), (second, 2)):
+            await reader.next()
+            assert (await reader.next())[1]["place"] == place
+        async with relay.http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as modest:
+            assert (await second.next())[1]["place"] == 3  # behind the other user's first
+            async with relay.gpu() as gpu:
+                assert b"[DONE]" in await modest.aread()
+                await first.rest()
+                await second.rest()
+                assert ["modest" in prompt.decode() for prompt in gpu.prompts] == [False, True, False]
+
+
 async def test_who_leaves_the_line_moves_the_others_up(relay: Relay) -> None:
     async with relay.gpu():
         pass
@@ -170,7 +191,7 @@ async def test_stopping_frees_the_gpu_at_once(relay: Relay, gpu: DoubleGpu) -> N
 async def test_a_reader_who_does_not_come_back_lets_the_gpu_go(
     relay: Relay, gpu: DoubleGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = generations.Generations(None, None, Metrics(), keep_s=0.05)  # type: ignore[arg-type]
+    lines = generations.Generations(None, None, Lines(), Metrics(), keep_s=0.05)  # type: ignore[arg-type]
     generation = generations.Generation("user")
     lines._all[generation.id] = generation
     generation.task = asyncio.create_task(asyncio.sleep(60))

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import errors
-from relay.waiting import COMMENT, MAX_OF_A_USER, Line
+from relay.lines import MAX_OF_A_USER, Line
+from relay.waiting import COMMENT
 from tests.relay.conftest import Relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, say_fine
 
@@ -133,3 +134,25 @@ async def test_a_line_is_bounded_for_each_user() -> None:
     with pytest.raises(errors.TooMany):
         line.join("greedy")
     line.join("modest")
+
+
+def test_who_came_late_with_one_waits_for_one_of_a_crowd_not_for_all_of_it() -> None:
+    line = Line()
+    crowd = [line.join("greedy") for _ in range(5)]
+    late = line.join("modest")
+    line.serve(crowd[0])
+    assert line.is_first(late)
+    line.serve(late)
+    assert line.is_first(crowd[1])
+    newcomer = line.join("newcomer")
+    line.serve(crowd[1])
+    assert line.is_first(newcomer)
+
+
+def test_who_was_chosen_in_vain_is_first_again() -> None:
+    line = Line()
+    first, other = line.join("ada"), line.join("bob")
+    line.serve(first)
+    assert line.is_first(other)
+    line.rejoin(first)
+    assert line.is_first(first)
