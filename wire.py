@@ -351,12 +351,16 @@ class Release(Message):
 
 
 class JobError(Message):
-    """In the terms of the public error shape. `retry`: another gpu may do better."""
+    """In the terms of the public error shape. `retry`: another gpu may do better.
+
+    `needed_bytes`: one with as much memory may, and this one can't; that costs the job no attempt.
+    """
 
     message: str = Field(max_length=4000)
     code: str = Field(max_length=100)
     param: str | None = None
     retry: bool = False
+    needed_bytes: Bytes | None = None
 
 
 class JobResult(Message):

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from sqlalchemy import Row
 
 import wire
 from relay import errors, shapes
@@ -23,6 +24,7 @@ from relay.gpus import Gpus
 from relay.jobs import Jobs, NewJob
 from relay.limits import Limits
 from relay.models import Model, Models
+from relay.placement import Placement
 from relay.proxy import Ask, Proxy
 from relay.room import Room
 from relay.sessions import Sessions
@@ -57,6 +59,7 @@ class OpenAIApi:
     waiting: Waiting
     usage: Usage
     dispatcher: Dispatcher
+    placement: Placement
     settings: Settings
 
     async def user(self, request: Request, scope: Scope | None = None) -> User:
@@ -90,6 +93,9 @@ class OpenAIApi:
         if not isinstance(fields.get("stream", False), bool | None):
             raise errors.InvalidRequest("stream: use true or false", param="stream")
         return await self.forward(request, user, base, request.scope["path"], body, _wait_s(fields))
+
+    async def shown(self, job: Row[Any]) -> dict[str, Any]:
+        return shapes.job(job, await self.placement.waiting_for([job]))
 
     async def refused_layers(self, model: Model, layers: list[dict[str, Any]]) -> Response | None:
         """A gpu's 400 about these layers; None if it accepts them, or none can be asked now."""
@@ -261,18 +267,20 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
             ),
         )
         api.dispatcher.wake()
-        return JSONResponse(shapes.job(job))
+        return JSONResponse(await api.shown(job))
 
     @routes.get("/fine_tuning/jobs")
     async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> JSONResponse:
         user = await api.user(request, "train")
         rows, more = await api.jobs.page(user.id, after, limit)
-        return JSONResponse(shapes.page(shapes.job, rows, more))
+        waiting_for = await api.placement.waiting_for(rows)
+        return JSONResponse(shapes.page(lambda row: shapes.job(row, waiting_for), rows, more))
 
     @routes.get("/fine_tuning/jobs/{job_id}")
     async def get_job(job_id: str, request: Request) -> JSONResponse:
         user = await api.user(request, "train")
-        return JSONResponse(shapes.job(await api.jobs.get(user.id, job_id)))
+        job = await api.jobs.get(user.id, job_id)
+        return JSONResponse(await api.shown(job))
 
     @routes.get("/fine_tuning/jobs/{job_id}/events")
     async def job_events(job_id: str, request: Request, after: str | None = None, limit: Limit = 20) -> JSONResponse:
@@ -312,14 +320,14 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         user = await api.user(request, "train")
         job, gpu_id = await api.jobs.pause(user.id, job_id)
         api.dispatcher.ring(gpu_id)
-        return JSONResponse(shapes.job(job))
+        return JSONResponse(await api.shown(job))
 
     @routes.post("/fine_tuning/jobs/{job_id}/resume")
     async def resume_job(job_id: str, request: Request) -> JSONResponse:
         user = await api.user(request, "train")
         job = await api.jobs.resume(user.id, job_id)
         api.dispatcher.wake()
-        return JSONResponse(shapes.job(job))
+        return JSONResponse(await api.shown(job))
 
     @routes.post("/fine_tuning/jobs/{job_id}/cancel")
     async def cancel_job(job_id: str, request: Request) -> JSONResponse:
@@ -327,4 +335,4 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         job, gpu_id = await api.jobs.cancel(user.id, job_id)
         api.dispatcher.ring(gpu_id)
         api.dispatcher.wake()
-        return JSONResponse(shapes.job(job))
+        return JSONResponse(await api.shown(job))

@@ -28,6 +28,7 @@ from relay.models import Models
 from relay.page import Page
 from relay.passwords import MAX_CHARS, Passwords, network
 from relay.people import People
+from relay.placement import Placement
 from relay.proxy import Ask
 from relay.room import Room
 from relay.sessions import SESSION_S, Sessions, check_same_site, cookie_name
@@ -96,6 +97,7 @@ class UiApi:
     audit: Audit
     people: People
     dispatcher: Dispatcher
+    placement: Placement
     gpus: Gpus
     jobs: Jobs
     models: Models
@@ -405,15 +407,15 @@ def _jobs(routes: APIRouter, api: UiApi) -> None:
         user = await api.user(request, "train")
         after = _last_event_id(request)
         await api.jobs.get(user.id, job_id)
-        return EventStream(_watch(api.jobs, user.id, job_id, after), api.stopping)
+        return EventStream(_watch(api, user.id, job_id, after), api.stopping)
 
 
-async def _watch(jobs: Jobs, owner: str, job_id: str, after: int) -> AsyncIterator[bytes]:
+async def _watch(api: UiApi, owner: str, job_id: str, after: int) -> AsyncIterator[bytes]:
     said = ""
     while True:
-        job, events = await jobs.events_after(owner, job_id, after, EVENTS_AT_ONCE)
+        job, events = await api.jobs.events_after(owner, job_id, after, EVENTS_AT_ONCE)
         frames = [f"id: {event.id}\ndata: {json.dumps(shapes.event(event))}\n\n" for event in events]
-        if (state := json.dumps(shapes.job(job))) != said:
+        if (state := json.dumps(shapes.job(job, await api.placement.waiting_for([job])))) != said:
             frames.insert(0, f"event: job\ndata: {state}\n\n")
             said = state
         if frames:

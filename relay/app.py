@@ -43,6 +43,7 @@ from relay.outbox import Outbox
 from relay.page import Page
 from relay.passwords import Passwords
 from relay.people import People
+from relay.placement import Placement
 from relay.proxy import Proxy
 from relay.room import Room
 from relay.sessions import Sessions
@@ -94,6 +95,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     gpus = Gpus(store, client, settings, clock)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
+    placement = Placement(store, settings, clock)
     room = Room(store, blobs, settings)
     checkpoints = Checkpoints(store, blobs, leases, room, clock)
     uploads = Uploads(store, blobs, leases, room)
@@ -165,7 +167,21 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.state.page = page
     app.state.metrics = metrics
     openai = api_openai.OpenAIApi(
-        sessions, limits, gpus, jobs, files, models, blobs, room, client, proxy, waiting, usage, dispatcher, settings
+        sessions,
+        limits,
+        gpus,
+        jobs,
+        files,
+        models,
+        blobs,
+        room,
+        client,
+        proxy,
+        waiting,
+        usage,
+        dispatcher,
+        placement,
+        settings,
     )
     adapters = Adapters(store, blobs, room, settings, clock)
     app.include_router(api_adapters.router(api_adapters.AdapterApi(openai, adapters)))
@@ -198,6 +214,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         audit,
         people,
         dispatcher,
+        placement,
         gpus,
         jobs,
         models,

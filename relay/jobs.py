@@ -166,7 +166,9 @@ class Jobs:
             if job.status not in OPEN:
                 raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to resume")
             if job.status == "paused":
-                await db.execute(update(jobs).where(jobs.c.id == job_id).values(status="queued", attempts=0))
+                await db.execute(
+                    update(jobs).where(jobs.c.id == job_id).values(status="queued", attempts=0, needed_bytes=None)
+                )
                 await say(db, now, job_id, job.fence, "Job resumed: it waits for a gpu.")
             elif job.pause_asked_at is not None:
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(pause_asked_at=None))

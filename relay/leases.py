@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, and_, exists, insert, or_, select,
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
-from relay import errors, fairness, refs
+from relay import errors, fairness, placement, refs
 from relay.blobs import Blobs
 from relay.jobs import NO_LEASE, ON_ITS_WAY, OVER, JobRow, forget, say
 from relay.meter import charge
@@ -24,7 +24,6 @@ from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, job
 
 MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
 HEADS_SHOWN = 1000  # pairs of user and base model that one look compares
-LIFE_S = 120.0  # a gpu whose runtime ends sooner gets no new job: it would hardly train a step
 MAX_ETA_S = 365 * 86400
 MODEL_ID_HEX = 12  # of the job's id, in the id of its model
 
@@ -74,10 +73,12 @@ class Leases:
                 .select_from(job)
                 .join(offers, offers.c.model_id == job.c.base_model)
                 .join(gpus, gpus.c.id == offers.c.gpu_id)
-                .where(job.c.id == turn.head.job_id, self._idle())
+                .where(job.c.id == turn.head.job_id, self._idle(), placement.fits(job))
                 .order_by(job.c.last_gpu_id == gpus.c.id, offers.c.loaded.desc(), gpus.c.free_bytes.desc(), gpus.c.id)
             )
-            gpu = (await db.execute(suits.limit(1))).one()
+            gpu = (await db.execute(suits.limit(1))).one_or_none()
+            if gpu is None:
+                return None  # the last that fits has just been drained, or gone
         return Match(turn.head.job_id, gpu.id, gpu.epoch, frozenset(head.owner for head in heads), turn.gain_s)
 
     async def _heads(self, db: AsyncConnection, able: Sequence[str]) -> list[fairness.Head]:
@@ -85,10 +86,16 @@ class Leases:
         queued = (jobs.c.status == "queued") & jobs.c.base_model.in_(able)
         pair = select(jobs.c.base_model, jobs.c.owner).where(queued).distinct().limit(HEADS_SHOWN).subquery()
         longest = jobs.alias("longest")
+        large = (  # hardly ever looked at
+            exists()
+            .where(offers.c.model_id == longest.c.base_model, offers.c.gpu_id == gpus.c.id, self._idle())
+            .where(placement.fits(longest))
+            .correlate(longest)
+        )
         theirs = (longest.c.base_model == pair.c.base_model) & (longest.c.owner == pair.c.owner)
         oldest = (
             select(longest.c.id)
-            .where(longest.c.status == "queued", theirs)
+            .where(longest.c.status == "queued", theirs, or_(longest.c.needed_bytes.is_(None), large))
             .order_by(longest.c.created_at, longest.c.id)
             .limit(1)
             .correlate(pair)
@@ -106,15 +113,7 @@ class Leases:
         ]
 
     def _idle(self) -> ColumnElement[bool]:
-        """Of a gpu: it may be given a job now."""
-        holder = jobs.alias("holder")
-        now = self._clock()
-        return and_(
-            gpus.c.last_seen_at >= now - self._settings.alive_s,
-            ~gpus.c.draining,
-            gpus.c.runtime_ends_at.is_(None) | (gpus.c.runtime_ends_at >= now + LIFE_S),
-            ~exists().where(holder.c.gpu_id == gpus.c.id).correlate(gpus),
-        )
+        return placement.idle(self._settings, self._clock())
 
     async def claim(self, match: Match) -> int | None:
         """queued -> leased, raising the fence, which it returns. None if somebody was first, or the gpu left."""
@@ -278,6 +277,9 @@ class Leases:
             job = await self.held(db, by, job_id, result.fence)
             if result.adapter is not None:
                 gone |= await self._succeed(db, job, result, result.adapter)
+            elif result.error is not None and result.error.needed_bytes is not None:
+                gone |= await self._does_not_fit(db, job, result.error, result.error.needed_bytes)
+                await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
             elif result.error is not None and result.error.retry:
                 gone |= await self._requeue(db, job, result.error.message, result.error.code, counts=True)
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
@@ -335,6 +337,15 @@ class Leases:
         await charge(db, self._clock(), job)
         await announce(db, self._clock(), job.owner, job.id, "failed")
         return await forget(db, job.id)
+
+    async def _does_not_fit(
+        self, db: AsyncConnection, job: JobRow, error: wire.JobError, needed_bytes: int
+    ) -> set[str]:
+        """It waits for a gpu with more memory than this one, which costs no attempt: each gpu is tried once at most."""
+        device = (await db.execute(select(gpus.c.device).where(gpus.c.id == job.gpu_id))).scalar_one()
+        values = {"needed_bytes": max(needed_bytes, device["memory_bytes"] + 1)}
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+        return await self._requeue(db, job, error.message, error.code, counts=False)
 
     async def release(self, by: wire.SignedBy, job_id: str, release: wire.Release) -> JobRow:
         """The gpu gives the job back on purpose, which costs no attempt. Raises LeaseLost."""

@@ -4,7 +4,7 @@ https://platform.openai.com/docs/api-reference/fine-tuning. Fields of our own st
 """
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from relay.models import Model
 EVENT_PREFIX = "ftevent-"
 SUFFIX = "use letters, digits, '-' and '_': it becomes part of the model's name"
 MAX_SUFFIX_CHARS = 64
+NOTHING: Mapping[str, dict[str, str]] = {}
 PUBLIC_STATUS = {"leased": "queued", "finalizing": "running"}  # the others have OpenAI's names
 
 
@@ -125,7 +126,8 @@ def file(row: Row[Any]) -> dict[str, Any]:
     }
 
 
-def job(row: Row[Any]) -> dict[str, Any]:
+def job(row: Row[Any], waiting_for: Mapping[str, dict[str, str]] = NOTHING) -> dict[str, Any]:
+    """`waiting_for`: why jobs wait, by id (placement.py)."""
     return {
         "id": row.id,
         "object": "fine_tuning.job",
@@ -153,6 +155,7 @@ def job(row: Row[Any]) -> dict[str, Any]:
         "gpu": row.last_gpu_id,
         "attempts": row.attempts,
         "pausing": row.pause_asked_at is not None,
+        "waiting_for": waiting_for.get(row.id),
     }
 
 

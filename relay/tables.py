@@ -260,6 +260,7 @@ jobs = Table(
         "reserved_bytes", BigInteger, nullable=False, default=0, server_default="0"
     ),  # of its owner's quota, while it is OPEN
     Column("estimated_s", Float),  # of gpu time, as the gpu saw it
+    Column("needed_bytes", BigInteger),  # of gpu memory, as a gpu found that has less; null: none has
     Column("result", JSON),  # wire.JobResult as received: the same one again is no conflict
     Column("error", JSON),  # code, message, param
     Column("fine_tuned_model", String(400)),

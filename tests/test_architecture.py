@@ -45,6 +45,7 @@ FLOORS: dict[str, list[list[str]]] = {
             "webhooks",
             "audit",
             "jobs",
+            "placement",
             "room",
         ],
         ["gpu_client", "calls", "roster", "breaker", "fairness", "lines"],
