@@ -20,7 +20,7 @@ from gpu_service.artifacts import Adapter, BlobCache
 from gpu_service.checkpoints import Stored
 from gpu_service.data import TokenStore
 from gpu_service.device import Device
-from gpu_service.errors import GpuError, RelayUnavailable
+from gpu_service.errors import GpuError, OutOfMemory, RelayUnavailable
 from gpu_service.lease import Lease, Often, persist
 from gpu_service.link import LeaseLost, Link, NotEnrolled, Refused
 from gpu_service.models import Models
@@ -52,6 +52,7 @@ class Run:
     phase: Literal["preparing", "training", "ending"] = "preparing"
     lease: Lease | None = None
     reason: Reason | None = None  # why it is to be given back
+    needed_bytes: int = 0  # of the device's memory, as estimated
 
     def give_back(self, reason: Reason) -> None:
         """Once. What has been trained to its end is better delivered than given back."""
@@ -183,7 +184,7 @@ class Jobs:
                     task.uncancel()  # nothing has been trained yet that could be kept
                 except GpuError as exc:
                     log.warning("job %s failed: %s", spec.job_id, exc.message)
-                    result = wire.JobResult(fence=grant.fence, error=exc.for_job())
+                    result = wire.JobResult(fence=grant.fence, error=self._error(exc, run))
                 except Exception:  # the job ends here, whatever it was
                     log.exception("job %s failed", spec.job_id)
                     result = wire.JobResult(fence=grant.fence, error=UNEXPECTED)
@@ -198,6 +199,11 @@ class Jobs:
         finally:
             self._reporters.pop(spec.job_id, None)
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def _error(self, exc: GpuError, run: Run) -> wire.JobError:
+        """Out of memory, as the estimate said before: one with as much as that may do better, and this one never."""
+        too_large = isinstance(exc, OutOfMemory) and run.needed_bytes > self._device.memory_bytes()
+        return exc.for_job().model_copy(update={"needed_bytes": run.needed_bytes if too_large else None})
 
     async def _finish(self, job_id: str, result: wire.JobResult) -> None:
         try:
@@ -243,6 +249,7 @@ class Jobs:
             )
         )
         cost = source.cost(selection, plan.micro_rows, store.report.longest, self._device.precision.dtype.itemsize)
+        run.needed_bytes = cost.total
         reporter.say(f"Training data: {store.report.summary()}.")
         reporter.say(f"Training {costs.summary(selection, cost)}, on {self._device.name}.")
         for note in selection.notes:

@@ -27,6 +27,7 @@ from relay.usage import StreamMeter, Usage, read_usage
 log = logging.getLogger("relay.proxy")
 
 BUSY = (429, 503)  # of a gpu: full, or about to stop; another one, or the same one later, will do
+GPU_STOPPING = b'"gpu_stopping"'  # the code of a gpu that takes nothing new
 TRIES = 2  # gpus asked before the first byte of an answer; from that byte on there is no other gpu
 STOP_GRACE_S = 1.0  # what is nearly done may end when the relay stops
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is no stream
@@ -87,11 +88,17 @@ class Proxy:
         """
         tried: list[str] = []
         failure: errors.GpuUnreachable | None = None
+        refusal: Opened | None = None
         while len(tried) < TRIES and (to := await self._gpus.choose(ask.base_model, exclude=tried)):
             chosen(to)
             try:
                 await self._gpus.be_sure(to)
-                return await self._open(to, ask)
+                opened = await self._open(to, ask)
+                if not _stops(opened):
+                    return opened
+                opened.held.close()  # it drains, and we chose it before we knew: another may do, and nothing was begun
+                tried.append(to.gpu_id)
+                refusal = opened
             except errors.GpuUnreachable as exc:
                 log.warning("%s", exc.message)
                 self._gpus.mark_unreachable(to)
@@ -99,6 +106,8 @@ class Proxy:
                     raise
                 tried.append(to.gpu_id)
                 failure = exc
+        if refusal:
+            return refusal
         raise failure or errors.NoGpu(
             f"no gpu that has '{ask.base_model}' can be reached now: start one, or try again when one is back"
         )
@@ -126,6 +135,10 @@ class Proxy:
             if used := read_usage(answer.headers.get(wire.HEADER_USAGE, "").encode()):
                 self._usage.note(ask.caller, ask.key, used)
             return Opened(answer, body, None, held.pop_all())
+
+
+def _stops(opened: Opened) -> bool:
+    return opened.answer.status == 503 and opened.rest is None and GPU_STOPPING in opened.first
 
 
 async def _whole_body(first: bytes, chunks: AsyncIterator[bytes]) -> bytes:

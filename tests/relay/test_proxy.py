@@ -331,6 +331,17 @@ async def test_a_draining_gpu_ends_what_runs_and_gets_nothing_new(relay: Relay, 
     assert (await relay.http.post("/api/gpus/nobody/drain")).status_code == 404
 
 
+async def test_a_gpu_that_says_it_drains_before_we_know_is_left_for_another(relay: Relay, gpu: DoubleGpu) -> None:
+    async def drains(request: web.Request, body: bytes) -> web.StreamResponse:
+        return web.json_response(wire.error_body("draining", type="server_error", code="gpu_stopping"), status=503)
+
+    gpu.answer = drains
+    assert error_of(await chat(relay))["code"] == "gpu_stopping"  # there is no other
+    async with relay.gpu():
+        for _ in range(4):
+            assert (await chat(relay)).status_code == 200
+
+
 async def test_a_url_that_changed_hands_while_its_gpu_lives_on_gets_no_prompt(relay: Relay, gpu: DoubleGpu) -> None:
     assert (await chat(relay)).status_code == 200
     gpu.proves = False
