@@ -1,7 +1,6 @@
 """Accounts on the page: sign-in by password, the admin's screens, enrol tokens, keys with limits, drained gpus."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +58,7 @@ def test_a_person_that_the_admin_made_signs_in_by_password_changes_it_and_leaves
         expect(page.get_by_text("This is not the password.")).to_be_visible()
         page.get_by_label("The password as it is").fill(WORD)
         other.button("Change the password").click()
-        expect(page.locator("button[type=submit]")).to_have_text("Sign in")  # that session was opened by the old one
+        expect(other.button("Sign in")).to_be_visible()  # that session was opened by the old one
         other.sign_in_by_password("dana", OTHER_WORD)
         other.is_in()
 
@@ -72,7 +71,7 @@ def test_a_person_that_the_admin_made_signs_in_by_password_changes_it_and_leaves
         other.look(pictures / "account-delete.png")
         page.get_by_role("dialog").get_by_label("Password", exact=True).last.fill(OTHER_WORD)
         other.button("Delete everything of mine").click()
-        expect(page.locator("button[type=submit]")).to_have_text("Sign in")
+        expect(other.button("Sign in")).to_be_visible()
         admin.page.reload()
         expect(admin.page.get_by_text("admin", exact=True).first).to_be_visible()
         expect(admin.page.get_by_text("dana", exact=True)).to_have_count(0)
@@ -141,46 +140,6 @@ def test_an_enrol_token_is_shown_once_and_revoked(chromium: Browser, stack: Stac
         visit.button("Revoke it").click()
         page.get_by_text("Revoked tokens (1)").click()
         expect(page.get_by_text(re.compile("^revoked "))).to_be_visible()
-        assert not visit.faults
-
-
-WATCH = """
-window.told = []
-const Real = Notification
-window.Notification = class extends Real {
-  constructor(title, options) { super(title, options); window.told.push([title, options.tag, document.hidden]) }
-}
-"""
-
-
-def test_the_browser_tells_in_a_tab_behind_another_that_a_job_has_ended(chromium: Browser, stack: Stack) -> None:
-    http = stack.relay.http()
-    upload = {"file": ("rows.jsonl", b'{"prompt": "Ahoy?", "completion": " Arr, matey!"}\n' * 64)}
-    file = http.post("/v1/files", files=upload, data={"purpose": "fine-tune"}).json()
-    asked = {"model": stack.model, "training_file": file["id"], "suffix": "told"}
-    with visiting(chromium, stack.relay) as visit:
-        page = visit.page
-        page.add_init_script(WATCH)
-        visit.sign_in()
-        job = http.post("/v1/fine_tuning/jobs", json=asked).json()
-        visit.go(f"/training/{job['id']}")
-        offer = visit.button("Tell me when it ends")
-        expect(offer).to_be_visible()
-        page.context.grant_permissions(["notifications", "clipboard-read", "clipboard-write"])
-        offer.click()
-        expect(page.get_by_text("The browser tells you when it ends.")).to_be_visible()
-        with page.expect_response(lambda r: "fine_tuning/jobs?limit=20" in r.url):
-            visit.go("/account")  # the wish outlives the screen
-        expect(page.get_by_label("Tell me when a training ends")).to_be_checked()
-        page.context.new_page().goto("about:blank")  # in front of it
-        http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel").raise_for_status()
-        deadline = time.monotonic() + 60
-        while not page.evaluate("window.told.length") and time.monotonic() < deadline:
-            page.wait_for_timeout(200)
-        assert page.evaluate("window.told[0].slice(0, 2)") == ["“told” was cancelled", job["id"]]
-        page.get_by_label("Tell me when a training ends").uncheck()
-        page.reload()
-        expect(page.get_by_label("Tell me when a training ends")).not_to_be_checked()
         assert not visit.faults
 
 

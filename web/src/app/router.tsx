@@ -22,6 +22,10 @@ export const router = createBrowserRouter([
             path: 'new',
             lazy: async () => ({ Component: (await import('@/features/training/NewJobPage')).NewJobPage }),
           },
+          {
+            path: 'models',
+            lazy: async () => ({ Component: (await import('@/features/models/ModelsPage')).ModelsPage }),
+          },
           { path: ':id', lazy: async () => ({ Component: (await import('@/features/training/JobPage')).JobPage }) },
         ],
       },

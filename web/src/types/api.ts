@@ -7,7 +7,16 @@ export type Family = z.infer<typeof family>;
 export const me = z.object({
   user: z.object({ id: z.string(), name: z.string() }),
   admin: z.boolean(),
-  has_password: z.boolean().optional(), // told by GET /api/me alone
+  has_password: z.boolean().optional(), // this and what follows is told by GET /api/me alone
+  storage: z
+    .object({
+      quota_bytes: z.number().nullable(), // null: no end
+      used_bytes: z.number(),
+      files_bytes: z.number(),
+      models_bytes: z.number(),
+      jobs_bytes: z.number(),
+    })
+    .optional(),
 });
 export type Me = z.infer<typeof me>;
 
@@ -50,6 +59,8 @@ export const preview = z.object({
   total_parameters: z.number(),
   memory_bytes: z.record(z.string(), z.number()),
   batch: z.object({ rows: z.number(), tokens: z.number() }),
+  prefix_bytes: z.number().optional(), // of the frozen layers' output on the gpu's disk
+  checkpoint_bytes: z.number().optional(),
   time_s: z.number().optional(), // where the gpu can tell
   chat_pause_s: z.number().optional(),
   notes: z.array(z.string()),
@@ -104,7 +115,13 @@ export const job = z.object({
 export type Job = z.infer<typeof job>;
 
 /** What a run says about itself at its end. Read loosely: an older or newer one still shows what it has. */
-export const report = z.looseObject({});
+export const report = z.object({
+  perplexity: z.object({ before: z.number().nullable(), after: z.number().nullable() }).optional(),
+  answers: z.array(z.object({ prompt: z.string(), before: z.string(), after: z.string() })).default([]),
+  changes: z
+    .object({ layers: z.array(z.object({ layer: z.number().nullable(), relative_change: z.number() })) })
+    .optional(),
+});
 export type Report = z.infer<typeof report>;
 
 export const checkpoint = z.object({ step_number: z.number() });
@@ -192,6 +209,8 @@ export const apiKey = z.object({
   scopes: z.array(z.string()),
   expires_at: z.number().nullable(),
   requests_per_minute: z.number().nullable(),
+  tokens_per_month: z.number().nullish(),
+  spend_per_month: z.number().nullish(),
 });
 export type ApiKey = z.infer<typeof apiKey>;
 export const newKey = z.object({ id: z.string(), key: z.string() });
@@ -214,3 +233,50 @@ export const generationFrame = z.union([
   }),
 ]);
 export type GenerationFrame = z.infer<typeof generationFrame>;
+
+export const webhook = z.object({
+  id: z.string(),
+  name: z.string(),
+  url: z.string(),
+  event_types: z.array(z.string()),
+  created_at: z.number(),
+});
+export type Webhook = z.infer<typeof webhook>;
+export const newWebhook = webhook.extend({ signing_secret: z.string() });
+
+export const delivery = z.object({
+  id: z.union([z.string(), z.number()]),
+  event_type: z.string(),
+  job_id: z.string(),
+  state: z.enum(['waiting', 'delivered', 'given_up']),
+  attempts: z.number(),
+  last_status: z.number().nullable(),
+  last_error: z.string().nullable(),
+  created_at: z.number(),
+  next_at: z.number().nullable(),
+  delivered_at: z.number().nullable(),
+});
+export type Delivery = z.infer<typeof delivery>;
+
+const used = z.object({
+  prompt_tokens: z.number(),
+  completion_tokens: z.number(),
+  trained_tokens: z.number(),
+  gpu_s: z.number(), // that jobs held a gpu
+  tokens: z.number(),
+  spend: z.number(),
+});
+const keyUsage = used.extend({
+  id: z.string(),
+  name: z.string().nullable(),
+  prefix: z.string(),
+  revoked: z.boolean(),
+  tokens_per_month: z.number().nullable(),
+  spend_per_month: z.number().nullable(),
+});
+export type KeyUsage = z.infer<typeof keyUsage>;
+export const usage = used.extend({
+  ends_at: z.number(),
+  prices: z.object({ per_million_tokens: z.number(), per_gpu_hour: z.number() }),
+  keys: z.array(keyUsage),
+});

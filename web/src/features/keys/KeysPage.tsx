@@ -96,6 +96,12 @@ function KeyRow({ apiKey, onRevoke }: { apiKey: ApiKey; onRevoke: () => void }) 
         `${t('keys.used')} ${apiKey.last_used_at ? ago(apiKey.last_used_at, i18n.language) : t('keys.never')}`,
         may.length < SCOPES.length ? t('keys.only', { scopes: may.join(', ') }) : null,
         limit === null ? null : t('keys.limitOf', { count: limit }),
+        apiKey.tokens_per_month
+          ? t('usage.limitTokens', { amount: apiKey.tokens_per_month.toLocaleString(i18n.language) })
+          : null,
+        apiKey.spend_per_month
+          ? t('usage.limitSpend', { amount: apiKey.spend_per_month.toLocaleString(i18n.language) })
+          : null,
         ends === null ? null : t('keys.endsAt', { when: until(ends, i18n.language) }),
       ]}
     >

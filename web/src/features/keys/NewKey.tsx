@@ -18,6 +18,9 @@ export function NewKey({ onDone }: { onDone: () => void }) {
   const [scopes, setScopes] = useState<readonly Scope[]>(SCOPES);
   const [ends, setEnds] = useState<number | null>(null);
   const [limit, setLimit] = useState<number | null>(null);
+  const [tokens, setTokens] = useState<number | null>(null);
+  const [spend, setSpend] = useState<number | null>(null);
+  const limited = scopes.length < SCOPES.length || [ends, limit, tokens, spend].some((each) => each !== null);
   const making = useMutation({
     mutationFn: createKey,
     onSuccess: () => queryClient.invalidateQueries({ queryKey: keysQuery.queryKey }),
@@ -44,6 +47,8 @@ export function NewKey({ onDone }: { onDone: () => void }) {
           ...(scopes.length < SCOPES.length ? { scopes } : {}),
           ...(ends === null ? {} : { expires_in_s: ends }),
           ...(limit === null ? {} : { requests_per_minute: limit }),
+          ...(tokens === null ? {} : { tokens_per_month: tokens }),
+          ...(spend === null ? {} : { spend_per_month: spend }),
         });
       }}
     >
@@ -66,7 +71,7 @@ export function NewKey({ onDone }: { onDone: () => void }) {
             maxLength={100}
           />
         ) : null}
-        <Fold title={t('keys.limits')} mark={scopes.length < SCOPES.length || ends !== null || limit !== null}>
+        <Fold title={t('keys.limits')} mark={limited}>
           <Stack>
             <Checkbox.Group
               label={t('keys.may')}
@@ -94,6 +99,25 @@ export function NewKey({ onDone }: { onDone: () => void }) {
               min={1}
               max={1_000_000}
               allowDecimal={false}
+            />
+            <NumberInput
+              label={t('usage.perMonth')}
+              description={t('usage.perMonthText')}
+              value={tokens ?? ''}
+              onChange={(value) => setTokens(typeof value === 'number' ? value : null)}
+              min={1}
+              max={1e15}
+              allowDecimal={false}
+              thousandSeparator
+            />
+            <NumberInput
+              label={t('usage.spendPerMonth')}
+              description={t('usage.spendPerMonthText')}
+              value={spend ?? ''}
+              onChange={(value) => setSpend(typeof value === 'number' ? value : null)}
+              min={0.000_001}
+              max={1e12}
+              hideControls
             />
           </Stack>
         </Fold>

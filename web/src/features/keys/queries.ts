@@ -17,6 +17,8 @@ export interface NewKey {
   scopes?: readonly Scope[];
   expires_in_s?: number;
   requests_per_minute?: number;
+  tokens_per_month?: number;
+  spend_per_month?: number;
 }
 
 export const createKey = (asked: NewKey) => api.post('/api/keys', asked, newKey);

@@ -23,6 +23,8 @@ const ACTIONS = [
   'user.enable',
   'user.delete',
   'user.deleted',
+  'webhook.create',
+  'webhook.delete',
   'gpu.drain',
   'gpu.undrain',
 ] as const;

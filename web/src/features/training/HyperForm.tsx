@@ -46,8 +46,10 @@ function Field({ name, form, set }: Piece & { name: HyperName }) {
   const { t } = useTranslation();
   const value = form.hyper[name];
   const change = (chosen: number | string | boolean | undefined) => {
-    const { [name]: _, ...others } = form.hyper;
-    set({ hyper: chosen === undefined ? others : { ...others, [name]: chosen } });
+    const hyper = { ...form.hyper };
+    if (chosen === undefined) delete hyper[name];
+    else hyper[name] = chosen;
+    set({ hyper });
   };
   const shared = { label: t(`hyper.${name}`), description: t(`hyper.${name}_text`) };
   if (isNumber(name)) {
@@ -68,7 +70,7 @@ function Field({ name, form, set }: Piece & { name: HyperName }) {
   }
   const options = isChoice(name)
     ? CHOICES[name].map((each) => ({
-        value: each as string,
+        value: each,
         label: t(`hyper.${name}_${each}` as 'hyper.schedule_linear'),
       }))
     : [

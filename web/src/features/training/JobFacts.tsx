@@ -4,7 +4,7 @@ import { Badge, Text } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import type { ReactNode } from 'react';
 import { useTranslation } from 'react-i18next';
-import { CHOICES, HYPER, type ChoiceName } from './form';
+import { CHOICES, HYPER, type ChoiceName, type HyperName } from './form';
 import css from './JobPage.module.css';
 import { methodWords } from './LayersForm';
 import type { Progress } from './progress';
@@ -29,7 +29,7 @@ export function Facts({ job, progress }: { job: Job; progress: Progress }) {
       [
         t(`hyper.${name}`),
         <>
-          {words(name, value, t)}
+          <Words name={name} value={value} />
           {mark}
         </>,
       ],
@@ -66,9 +66,8 @@ export function Facts({ job, progress }: { job: Job; progress: Progress }) {
   );
 }
 
-type Translate = ReturnType<typeof useTranslation>['t'];
-
-function words(name: string, value: unknown, t: Translate): string {
+function Words({ name, value }: { name: HyperName; value: unknown }) {
+  const { t } = useTranslation();
   if (typeof value === 'boolean') return t(value ? 'hyper.yes' : 'hyper.no');
   if (typeof value === 'number') return Number(value.toPrecision(4)).toString();
   const choices = name in CHOICES ? (CHOICES[name as ChoiceName] as readonly string[]) : [];

@@ -24,7 +24,18 @@ export function JobsPage() {
     </Button>
   );
   return (
-    <Page title={t('training.title')} lead={t('training.lead')} actions={rows.length > 0 ? fresh : null}>
+    <Page
+      title={t('training.title')}
+      lead={t('training.lead')}
+      actions={
+        <>
+          <Button component={Link} to="/training/models" variant="default" leftSection={<Icon name="layers" />}>
+            {t('models.title')}
+          </Button>
+          {rows.length > 0 ? fresh : null}
+        </>
+      }
+    >
       {jobs.isError && rows.length === 0 ? <ErrorNote error={jobs.error} retry={() => void jobs.refetch()} /> : null}
       {jobs.isPending ? (
         <div role="status">

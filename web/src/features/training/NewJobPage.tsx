@@ -30,11 +30,13 @@ export function NewJobPage() {
   const { t } = useTranslation();
   const navigate = useNavigate();
   const queryClient = useQueryClient();
-  const again = (useLocation().state as { again?: Job } | null)?.again;
+  const from = useLocation().state as { again?: Job; model?: string; file?: string } | null;
   const models = useQuery(modelsQuery);
   const all = models.data?.filter((model) => model.family !== 'sd') ?? [];
   const bases = all.filter((model) => !model.parent);
-  const [form, setForm] = useState<Form>(() => (again ? formOf(again) : EMPTY));
+  const [form, setForm] = useState<Form>(() =>
+    from?.again ? formOf(from.again) : { ...EMPTY, model: from?.model ?? null, fileId: from?.file ?? null },
+  );
   const set = (fields: Partial<Form>) => setForm((before) => ({ ...before, ...fields }));
 
   const model = all.find((each) => each.id === form.model) ?? bases.find((each) => each.available) ?? bases[0];

@@ -73,6 +73,7 @@ function Numbers({ preview, stale }: { preview: Preview; stale: boolean }) {
           {t('training.memoryBatch', { rows: preview.batch.rows, tokens: preview.batch.tokens })}
         </Text>
       </div>
+      <OnDisk preview={preview} />
       {preview.time_s === undefined ? null : (
         <div>
           <Text fw={650}>{t('training.time', { time: duration(preview.time_s, i18n.language) })}</Text>
@@ -98,6 +99,21 @@ function Numbers({ preview, stale }: { preview: Preview; stale: boolean }) {
         </ul>
       </Fold>
     </div>
+  );
+}
+
+/** What the run keeps beside the memory. */
+function OnDisk({ preview: { prefix_bytes: prefix, checkpoint_bytes: checkpoint } }: { preview: Preview }) {
+  const { t } = useTranslation();
+  const told = [
+    checkpoint ? t('training.checkpointBytes', { size: bytes(checkpoint) }) : null,
+    prefix ? t('training.prefixBytes', { size: bytes(prefix) }) : null,
+  ].filter(Boolean);
+  if (told.length === 0) return null;
+  return (
+    <Text size="sm" c="dimmed">
+      {told.join(' · ')}
+    </Text>
   );
 }
 

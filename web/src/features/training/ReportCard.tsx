@@ -1,11 +1,13 @@
 import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { Card } from '@/components/Page';
-import type { Job } from '@/types/api';
-import { Button, Text } from '@mantine/core';
+import { percent } from '@/lib/format';
+import type { Job, Report } from '@/types/api';
+import { Button, Text, Title } from '@mantine/core';
 import { useMutation, useQuery } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
 import { downloadReport, reportQuery } from './queries';
+import css from './ReportCard.module.css';
 
 /** What the run has written about itself; nothing for runs of before there were reports. */
 export function ReportCard({ job }: { job: Job }) {
@@ -15,6 +17,9 @@ export function ReportCard({ job }: { job: Job }) {
   if (!report) return null;
   return (
     <Card title={t('run.report')}>
+      <Perplexity report={report} />
+      <Answers report={report} />
+      <Changes report={report} />
       <Text size="sm" c="dimmed">
         {t('run.reportText')}
       </Text>
@@ -29,5 +34,77 @@ export function ReportCard({ job }: { job: Job }) {
         {t('run.reportDownload')}
       </Button>
     </Card>
+  );
+}
+
+function Perplexity({ report: { perplexity } }: { report: Report }) {
+  const { t } = useTranslation();
+  if (!perplexity || (perplexity.before === null && perplexity.after === null)) return null;
+  return (
+    <dl className={css.pair}>
+      {(['before', 'after'] as const).map((when) => (
+        <div key={when}>
+          <dt>{t(when === 'before' ? 'run.perplexityBefore' : 'run.perplexityAfter')}</dt>
+          <dd>{perplexity[when]?.toFixed(2) ?? '–'}</dd>
+        </div>
+      ))}
+    </dl>
+  );
+}
+
+function Answers({ report: { answers } }: { report: Report }) {
+  const { t } = useTranslation();
+  if (answers.length === 0) return null;
+  return (
+    <section>
+      <Title order={3}>{t('run.answers')}</Title>
+      {answers.map(({ prompt, before, after }, i) => (
+        <div key={i} className={css.answer}>
+          <Text fw={600}>{prompt}</Text>
+          <dl className={css.pair}>
+            <div>
+              <dt>{t('run.before')}</dt>
+              <dd className={css.said}>{before || t('run.samplesEmpty')}</dd>
+            </div>
+            <div>
+              <dt>{t('run.after')}</dt>
+              <dd className={css.said}>{after || t('run.samplesEmpty')}</dd>
+            </div>
+          </dl>
+        </div>
+      ))}
+    </section>
+  );
+}
+
+/** A bar for each layer that was trained. */
+function Changes({ report: { changes } }: { report: Report }) {
+  const { t } = useTranslation();
+  const layers = changes?.layers ?? [];
+  const most = layers.reduce(
+    (best, each) => (each.relative_change > (best?.relative_change ?? 0) ? each : best),
+    layers[0],
+  );
+  if (!most) return null;
+  const nameOf = (layer: number | null) => (layer === null ? t('run.outside') : String(layer));
+  return (
+    <section>
+      <Title order={3}>{t('run.changes')}</Title>
+      <Text size="sm" c="dimmed" mb="xs">
+        {t('run.changesText')}{' '}
+        {t('run.changesSummary', { layer: nameOf(most.layer), share: percent(most.relative_change) })}
+      </Text>
+      <ul className={css.bars}>
+        {layers.map(({ layer, relative_change: share }) => (
+          <li key={String(layer)}>
+            <span>{nameOf(layer)}</span>
+            <svg viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">
+              <rect width={most.relative_change > 0 ? (100 * share) / most.relative_change : 0} height={6} />
+            </svg>
+            <span>{percent(share)}</span>
+          </li>
+        ))}
+      </ul>
+    </section>
   );
 }

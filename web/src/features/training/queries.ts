@@ -1,5 +1,5 @@
 import { api, ApiError, download } from '@/lib/api';
-import { checkpoint, file, job, list, modelLayers, preview, report, type Job, type LayerSpec } from '@/types/api';
+import { checkpoint, file, job, type Job, type LayerSpec, list, modelLayers, preview, report } from '@/types/api';
 import { infiniteQueryOptions, queryOptions } from '@tanstack/react-query';
 import type { HyperValue } from './form';
 

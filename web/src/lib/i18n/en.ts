@@ -1,9 +1,12 @@
 import { account } from './account';
 import { hyper } from './hyper';
+import { models } from './models';
 import { notify } from './notify';
 import { people } from './people';
 import { run } from './run';
 import { tokens } from './tokens';
+import { usage } from './usage';
+import { webhooks } from './webhooks';
 
 export const en = {
   app: {
@@ -83,6 +86,8 @@ export const en = {
     missing_scope_do: 'Sign in with a key that has this scope, or with your password.',
     rate_limit_exceeded: 'Too many requests just now',
     rate_limit_exceeded_do: 'Wait a minute, then try again.',
+    insufficient_quota: 'This month’s share of the key is used up',
+    insufficient_quota_do: 'It is full again at the start of the next month; another key, or the admin, helps before.',
     too_many: 'Too much at once',
     too_many_do: 'Wait a few seconds, then try again.',
     gpu_busy: 'All GPUs are full',
@@ -290,6 +295,8 @@ export const en = {
     ofModel: '{{share}} of the model',
     memory: 'About {{size}} of memory',
     memoryBatch: 'with {{rows}} examples of {{tokens}} tokens at once',
+    checkpointBytes: 'a checkpoint is {{size}}',
+    prefixBytes: '{{size}} on the GPU’s disk for the frozen layers’ output',
     memory_weights: 'weights',
     memory_gradients: 'gradients',
     memory_optimizer: 'optimizer',
@@ -447,8 +454,11 @@ export const en = {
   },
   account: account.en,
   hyper: hyper.en,
+  models: models.en,
   notify: notify.en,
   people: people.en,
   run: run.en,
   tokens: tokens.en,
+  usage: usage.en,
+  webhooks: webhooks.en,
 };

@@ -1,11 +1,14 @@
 import { account } from './account';
 import type { en } from './en';
 import { hyper } from './hyper';
+import { models } from './models';
 import { notify } from './notify';
 import { people } from './people';
 import { run } from './run';
 import { tokens } from './tokens';
 import type { Words } from './type';
+import { usage } from './usage';
+import { webhooks } from './webhooks';
 
 export const ko: Words<typeof en> = {
   app: {
@@ -84,6 +87,8 @@ export const ko: Words<typeof en> = {
     missing_scope_do: '이 권한이 있는 키나 비밀번호로 로그인하세요.',
     rate_limit_exceeded: '방금 요청이 너무 많았습니다',
     rate_limit_exceeded_do: '1분쯤 기다린 뒤 다시 시도하세요.',
+    insufficient_quota: '이 키가 이번 달에 쓸 몫을 다 썼습니다',
+    insufficient_quota_do: '다음 달이 시작되면 다시 찹니다. 그 전에는 다른 키를 쓰거나 관리자에게 부탁하세요.',
     too_many: '한꺼번에 너무 많습니다',
     too_many_do: '몇 초 기다린 뒤 다시 시도하세요.',
     gpu_busy: '모든 GPU가 꽉 찼습니다',
@@ -290,6 +295,8 @@ export const ko: Words<typeof en> = {
     ofModel: '모델의 {{share}}',
     memory: '메모리 약 {{size}}',
     memoryBatch: '{{tokens}}토큰 예시 {{rows}}개를 한 번에 볼 때',
+    checkpointBytes: '체크포인트 하나에 {{size}}',
+    prefixBytes: '얼린 층의 출력을 GPU 디스크에 {{size}}',
     memory_weights: '가중치',
     memory_gradients: '기울기',
     memory_optimizer: '옵티마이저',
@@ -446,8 +453,11 @@ export const ko: Words<typeof en> = {
   },
   account: account.ko,
   hyper: hyper.ko,
+  models: models.ko,
   notify: notify.ko,
   people: people.ko,
   run: run.ko,
   tokens: tokens.ko,
+  usage: usage.ko,
+  webhooks: webhooks.ko,
 };

@@ -62,6 +62,8 @@ const en = {
   did_user_enable: 'let a user in again',
   did_user_delete: 'deleted a user',
   did_user_deleted: 'finished a deletion',
+  did_webhook_create: 'made a webhook',
+  did_webhook_delete: 'deleted a webhook',
   did_gpu_drain: 'drained a GPU',
   did_gpu_undrain: 'took a GPU back',
 };
@@ -127,6 +129,8 @@ const ko: Words<typeof en> = {
   did_user_enable: '사용자를 다시 들임',
   did_user_delete: '사용자를 삭제함',
   did_user_deleted: '삭제를 마침',
+  did_webhook_create: '웹훅을 만듦',
+  did_webhook_delete: '웹훅을 삭제함',
   did_gpu_drain: 'GPU를 비움',
   did_gpu_undrain: 'GPU를 다시 씀',
 };

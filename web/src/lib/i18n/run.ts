@@ -24,9 +24,15 @@ const en = {
   report: 'Report',
   reportText: 'Loss curves, answers before and after, and which layers changed most, on one page that can be kept.',
   reportDownload: 'Download the report',
-  adapter: 'Take it with you',
-  adapterText: 'The adapter in peft’s format, as a zip: for other programs, or another relay.',
-  adapterDownload: 'Download the adapter',
+  perplexityBefore: 'Perplexity before',
+  perplexityAfter: 'Perplexity after',
+  before: 'Before',
+  after: 'After',
+  answers: 'Answers before and after',
+  changes: 'Which layers changed most',
+  changesText: 'How far each layer’s trained weights moved, relative to what they were.',
+  changesSummary: 'Layer {{layer}} changed most, by {{share}}.',
+  outside: 'outside of layers',
 };
 
 const ko: Words<typeof en> = {
@@ -52,9 +58,15 @@ const ko: Words<typeof en> = {
   report: '보고서',
   reportText: '손실 곡선, 전과 후의 답변, 가장 많이 달라진 층을 한 장에 담았습니다. 내려받아 둘 수 있습니다.',
   reportDownload: '보고서 내려받기',
-  adapter: '가져가기',
-  adapterText: 'peft 형식의 어댑터를 zip으로 내려받습니다. 다른 프로그램이나 다른 릴레이에서 쓸 수 있습니다.',
-  adapterDownload: '어댑터 내려받기',
+  perplexityBefore: '학습 전 혼란도',
+  perplexityAfter: '학습 후 혼란도',
+  before: '전',
+  after: '후',
+  answers: '학습 전과 후의 답변',
+  changes: '가장 많이 달라진 층',
+  changesText: '층마다 학습한 가중치가 원래 크기에 견주어 얼마나 움직였는지입니다.',
+  changesSummary: '{{layer}}층이 가장 많이, {{share}} 달라졌습니다.',
+  outside: '층 바깥',
 };
 
 export const run = { en, ko };

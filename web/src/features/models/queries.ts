@@ -1,0 +1,23 @@
+import { api, download, upload } from '@/lib/api';
+import { model } from '@/types/api';
+
+const path = (id: string) => id.split('/').map(encodeURIComponent).join('/');
+
+export const deleteModel = (id: string): Promise<void> => api.delete(`/v1/models/${path(id)}`);
+
+export const exportModel = (id: string): Promise<void> =>
+  download(`/v1/models/${path(id)}/export`, `${id.replace(/[^\w.-]/g, '-')}.zip`);
+
+export interface Import {
+  file: File;
+  base: string;
+  suffix: string;
+}
+
+export const importModel = ({ file, base, suffix }: Import, onProgress: (share: number) => void) => {
+  const form = new FormData();
+  form.append('model', base);
+  if (suffix) form.append('suffix', suffix);
+  form.append('file', file);
+  return upload('/v1/models/import', form, model, onProgress);
+};
