@@ -19,8 +19,8 @@ from starlette.requests import ClientDisconnect
 
 import logs
 import wire
-from gpu_service import bodies, layers
-from gpu_service.data import encode, render_chat
+from gpu_service import bodies, data_report, layers, plan
+from gpu_service.data import TrainOn, encode, render_chat
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
 from gpu_service.gate import Gate, Identity
@@ -67,6 +67,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_api_route("/v1/models/{model:path}/layers", routes.model_layers, methods=["GET"])
     app.add_api_route("/v1/models/{model:path}", routes.get_model, methods=["GET"])
     app.add_api_route("/v1/layers/preview", routes.preview, methods=["POST"])
+    app.add_api_route("/v1/data/report", routes.data_report, methods=["POST"])
     app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
     app.add_api_route("/v1/completions", routes.completion, methods=["POST"])
     app.state.metrics = parts.worker.metrics
@@ -129,6 +130,16 @@ class _Routes:
         # Off the event loop: a caller's regular expression may take its time.
         speed = self._p.worker.flops_per_s(source.id)
         return JSONResponse(await self._off_loop(lambda: bodies.preview(source, body, self._p.device, speed)))
+
+    async def data_report(self, request: Request) -> Response:
+        """What a model will see of some rows; nothing is kept."""
+        body = bodies.parse(data_report.ReportBody, await self._p.gate.admit(request))
+        source, _ = await self._resolve(body.model)
+        length = plan.max_length(body.max_length_tokens, source)
+        train_on: TrainOn = "completions" if body.train_on == "auto" else body.train_on
+        return JSONResponse(
+            await self._off_loop(lambda: data_report.build(source.tokenizer, source.id, body.rows, length, train_on))
+        )
 
     async def chat(self, request: Request) -> Response:
         body = bodies.parse(bodies.ChatBody, await self._p.gate.admit(request))

@@ -7,24 +7,27 @@ Knows nothing of the model or the optimizer. The formats that rows come in are d
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jinja2 import TemplateError
 
+import datafile
 import dataset
 from gpu_service.artifacts import atomic_file, file_ref
 from gpu_service.errors import BadDataset, BadRequest
 
-FORMAT = 1  # of the files on disk; raised when tokens or masks come out differently
+FORMAT = 2  # of the files on disk; raised when tokens or masks come out differently
 CONTENT_TOKENS = 2**20  # hashed at a time
+ReadRows = Iterable[tuple[int, dataset.Row | datafile.RowError]]
+Tokenize = Callable[[dataset.Row], "Tokens"]
 FILES = ("tokens", "learn", "offsets")  # int32 and bool by token, int64 by row; this machine's own byte order
 
 
@@ -38,14 +41,27 @@ class Tokenizer(Protocol):
 
     def __hash__(self) -> int: ...
 
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> Any: ...
+
     def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool) -> Mapping[str, Any]: ...
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[Any] | None,
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> Any: ...
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    tools: list[Any] | None = None,
+) -> str:
     """The model's own template. Raises BadRequest, in the template's words, for messages that it refuses.
 
     The template comes with the model, so it may fail in any way that a sandboxed Jinja expression can.
@@ -58,7 +74,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, 
         )
     try:
         rendered: str = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(m) for m in messages], tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as exc:
         raise BadRequest(
@@ -89,6 +105,9 @@ def _encoding(tokenizer: Tokenizer, text: str, special: bool, param: str) -> Map
     return tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
 
 
+TrainOn = Literal["completions", "all"]
+
+
 @dataclass(frozen=True)
 class Tokens:
     ids: list[int]
@@ -96,12 +115,14 @@ class Tokens:
     truncated: bool
 
 
-def tokenize_row(tokenizer: Tokenizer, row: dataset.Row, max_length: int) -> Tokens:
+def tokenize_row(tokenizer: Tokenizer, row: dataset.Row, max_length: int, train_on: TrainOn = "completions") -> Tokens:
     """One row, cut on the right to `max_length` tokens. Raises BadRequest where the chat template refuses it.
 
     The first token is never a label: nothing comes before it to predict it from.
     """
     ids, learn = _chat(tokenizer, row) if isinstance(row, dataset.Chat) else _completion(tokenizer, row)
+    if train_on == "all":
+        learn = [True] * len(ids)
     if learn:
         learn[0] = False
     return Tokens(ids[:max_length], learn[:max_length], len(ids) > max_length)
@@ -113,20 +134,21 @@ def _completion(tokenizer: Tokenizer, row: dataset.Completion) -> tuple[list[int
     if ids[: len(prompt)] != prompt:
         # A token would span the border ("the " + "cat" -> " cat"). Serving ends its prompt at the border: so do we.
         ids = prompt + encode(tokenizer, row.completion, special=False)
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+    if row.ends and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return ids, [index >= len(prompt) for index in range(len(ids))]
 
 
 def _chat(tokenizer: Tokenizer, row: dataset.Chat) -> tuple[list[int], list[bool]]:
     """The rendered text is encoded whole, as in serving, and the assistant's spans of it are found by offsets."""
-    text = render_chat(tokenizer, row.messages, add_generation_prompt=False)
+    text = render_chat(tokenizer, row.messages, add_generation_prompt=False, tools=row.tools)
     encoding = _encoding(tokenizer, text, False, "messages")
     ids: list[int] = encoding["input_ids"]
     offsets: list[tuple[int, int]] = encoding["offset_mapping"]
     learn = [False] * len(ids)
     for index in (i for i, wanted in enumerate(row.learn) if wanted):
-        start, end = _answer_span(tokenizer, row.messages, index, text)
+        find = _calls_span if row.messages[index].get("tool_calls") else _answer_span
+        start, end = find(tokenizer, row, index, text)
         end = _with_end_of_turn(tokenizer, text, ids, offsets, end)
         for i, (low, high) in enumerate(offsets):
             # A token that begins in the prompt was never the model's to choose.
@@ -134,7 +156,7 @@ def _chat(tokenizer: Tokenizer, row: dataset.Chat) -> tuple[list[int], list[bool
     return ids, learn
 
 
-def _answer_span(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], index: int, text: str) -> tuple[int, int]:
+def _answer_span(tokenizer: Tokenizer, row: dataset.Chat, index: int, text: str) -> tuple[int, int]:
     """Where in `text` the message at `index` stands.
 
     Templates trim, number, drop and decorate, so the content is not searched for: the row is rendered once more with
@@ -143,8 +165,9 @@ def _answer_span(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], in
     marker = next(m for m in (f"␞{n}␞" for n in count()) if m not in text)
     marked = render_chat(
         tokenizer,
-        [{**m, "content": marker} if i == index else m for i, m in enumerate(messages)],
+        [{**m, "content": marker} if i == index else m for i, m in enumerate(row.messages)],
         add_generation_prompt=False,
+        tools=row.tools,
     )
     before, _, after = marked.partition(marker)
     start, end = len(before), len(text) - len(after)
@@ -154,11 +177,36 @@ def _answer_span(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], in
             "its prompt: use prompt/completion rows.",
             param="messages",
         )
+    prompt = _prompt_before(tokenizer, row, index)
+    return (len(prompt) if prompt and len(prompt) < start and text.startswith(prompt) else start), end
+
+
+def _prompt_before(tokenizer: Tokenizer, row: dataset.Chat, index: int) -> str | None:
+    """What serving would have asked with. Some templates ask for a user's message first, or for any message at all."""
     try:
-        prompt = render_chat(tokenizer, messages[:index], add_generation_prompt=True)
-    except BadRequest:  # some templates ask for a user's message first, or for any message at all
-        return start, end
-    return (len(prompt) if len(prompt) < start and text.startswith(prompt) else start), end
+        return render_chat(tokenizer, row.messages[:index], add_generation_prompt=True, tools=row.tools)
+    except BadRequest:
+        return None
+
+
+def _calls_span(tokenizer: Tokenizer, row: dataset.Chat, index: int, text: str) -> tuple[int, int]:
+    """Where calls of tools stand: what the template adds for this message to those before it."""
+    prompt = _prompt_before(tokenizer, row, index)
+    through = render_chat(tokenizer, row.messages[: index + 1], add_generation_prompt=False, tools=row.tools)
+    names = [str((call.get("function") or call).get("name")) for call in row.messages[index]["tool_calls"]]
+    if prompt is None or not (text.startswith(prompt) and text.startswith(through) and len(prompt) < len(through)):
+        raise BadRequest(
+            f"This model's chat template moves messages[{index}] about, so its calls of tools can't be learned: leave "
+            "it out, or use prompt/completion rows.",
+            param="messages",
+        )
+    if missing := [name for name in names if name not in through[len(prompt) :]]:
+        raise BadRequest(
+            f"This model's chat template leaves the call of '{missing[0]}' out of messages[{index}]: it knows no "
+            "tools. Use another model, or prompt/completion rows.",
+            param="messages",
+        )
+    return len(prompt), len(through.rstrip())
 
 
 def _with_end_of_turn(tokenizer: Tokenizer, text: str, ids: list[int], offsets: list[tuple[int, int]], end: int) -> int:
@@ -218,18 +266,28 @@ class TokenStore:
 
     @classmethod
     def build(
-        cls, source: Path, folder: Path, tokenizer: Tokenizer, max_length: int, *, param: str = "training_file"
+        cls,
+        source: Path,
+        folder: Path,
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        name: str = "",
+        train_on: TrainOn = "completions",
+        param: str = "training_file",
     ) -> Self:
         """Tokenise `source` into `folder`, or open what an earlier run left there for the same source and tokenizer.
 
         Streams: memory holds one row, and 16 bytes for each. The description is written last, so a folder without one
         is half made and is made again. Raises BadDataset with line numbers.
         """
-        key = f"{FORMAT} {file_ref(source).sha256} {max_length} {_fingerprint(tokenizer)}"
+        kind = datafile.kind_of(source, name)  # `name` is what its owner calls the file
+        key = f"{FORMAT} {file_ref(source).sha256} {kind} {train_on} {max_length} {_fingerprint(tokenizer)}"
         if (report := _finished(folder, key)) is None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "meta.json").unlink(missing_ok=True)
-            report = _tokenize(source, folder, tokenizer, max_length, param)
+            rows = partial(tokenize_row, tokenizer, max_length=max_length, train_on=train_on)
+            report = _tokenize(dataset.read(source, name), folder, rows, max_length, param)
             sizes = {name: (folder / name).stat().st_size for name in FILES}
             meta = {"key": key, "sizes": sizes, "report": asdict(report)}
             with atomic_file(folder / "meta.json") as file:
@@ -278,12 +336,12 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _tokenize(source: Path, folder: Path, tokenizer: Tokenizer, max_length: int, param: str) -> DataReport:
+def _tokenize(rows: ReadRows, folder: Path, tokenize: Tokenize, max_length: int, param: str) -> DataReport:
     problems = dataset.Report()
     offsets, digests = array("q", [0]), array("Q")
     learned = truncated = dropped = longest = 0
     with atomic_file(folder / "tokens") as tokens_file, atomic_file(folder / "learn") as learn_file:
-        for row in _tokenized_rows(source, tokenizer, max_length, problems):
+        for row in _tokenized_rows(rows, tokenize, problems):
             truncated += row.truncated
             if not any(row.learn):
                 dropped += 1
@@ -314,17 +372,17 @@ def _tokenize(source: Path, folder: Path, tokenizer: Tokenizer, max_length: int,
     )
 
 
-def _tokenized_rows(source: Path, tokenizer: Tokenizer, max_length: int, problems: dataset.Report) -> Iterator[Tokens]:
+def _tokenized_rows(rows: ReadRows, tokenize: Tokenize, problems: dataset.Report) -> Iterator[Tokens]:
     """The rows that can be used. The others are put into `problems`, and once there is one nothing more is yielded:
     the rest is only checked."""
-    for line, row in dataset.read(source):
-        if isinstance(row, dataset.RowError):
+    for line, row in rows:
+        if isinstance(row, datafile.RowError):
             problems.add(row)
             continue
         try:
-            tokens = tokenize_row(tokenizer, row, max_length)
+            tokens = tokenize(row)
         except BadRequest as exc:
-            problems.add(dataset.RowError(line, "chat_template", exc.message))
+            problems.add(datafile.RowError(line, "chat_template", exc.message))
             continue
         problems.rows += 1
         if not problems.counts:

@@ -223,10 +223,10 @@ class Jobs:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._cache.keep(spec.training_file.sha256))
 
-            async def tokenised(ref: wire.FileRef, name: str) -> TokenStore:
+            async def tokenised(ref: wire.FileRef, param: str) -> TokenStore:
                 path = await persist(self._link, lambda: self._link.fetch(ref, self._cache))
                 return await asyncio.to_thread(
-                    TokenStore.build, path, folder / name, source.tokenizer, length, param=name
+                    TokenStore.build, path, folder / param, source.tokenizer, length, name=ref.name, param=param
                 )
 
             store = await tokenised(spec.training_file, "training_file")

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 import logs
 import wire
-from relay import api_adapters, api_admin, api_gpu, api_openai, api_ops, api_ui, api_webhooks, errors
+from relay import api_adapters, api_admin, api_data, api_gpu, api_openai, api_ops, api_ui, api_webhooks, errors
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.adapters import Adapters
 from relay.audit import Audit
@@ -185,6 +185,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     )
     adapters = Adapters(store, blobs, room, settings, clock)
     app.include_router(api_adapters.router(api_adapters.AdapterApi(openai, adapters)))
+    app.include_router(api_data.router(api_data.DataApi(openai)))
     app.include_router(api_openai.router(openai))
     app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
     app.include_router(

@@ -4,26 +4,32 @@ A blob goes when nothing names it any more.
 """
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Sequence
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
-from sqlalchemy import Row, delete, insert, or_, select
+from sqlalchemy import Row, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+import datafile
 import dataset
 import wire
 from relay import errors, refs
-from relay.blobs import Blobs, Incoming
+from relay.blobs import Blobs, Bound, Incoming
 from relay.room import Room
 from relay.store import Clock, Store
 from relay.sweep import letting_go
 from relay.tables import files
 
 FileRow = Row[Any]
+T = TypeVar("T")
 PURPOSE = "fine-tune"
 MAX_NAME_CHARS = 200
+CHECKS_AT_ONCE = 2
+GROW_TRIES = 5
+COPY_BYTES = 2**20
 
 
 class Files:
@@ -32,17 +38,20 @@ class Files:
         self._blobs = blobs
         self._room = room
         self._clock = clock
+        self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)  # each reads a file through, on a thread
 
     async def add(self, owner: str, filename: str, incoming: Incoming) -> FileRow:
         """Raises InvalidTrainingFile with line numbers, and QuotaExceeded; then nothing stays."""
         await incoming.finish()
-        report = await asyncio.to_thread(dataset.check, incoming.path)
+        name = PurePosixPath(filename.replace("\\", "/")).name[-MAX_NAME_CHARS:] or "file"
+        async with self._checking:
+            report = await asyncio.to_thread(dataset.check, incoming.path, name)
         if not report.ok:
             raise errors.InvalidTrainingFile(report.summary(), param="file")
         row: dict[str, Any] = {
             "id": f"file-{secrets.token_hex(12)}",
             "owner": owner,
-            "filename": PurePosixPath(filename.replace("\\", "/")).name[-MAX_NAME_CHARS:] or "file",
+            "filename": name,
             "purpose": PURPOSE,
             "bytes": incoming.bytes,
             "sha256": incoming.sha256,
@@ -57,6 +66,57 @@ class Files:
             await db.execute(insert(files).values(**row))
             await refs.name(db, "file", row["id"], owner, {incoming.sha256: incoming.bytes})
             return (await db.execute(select(files).where(files.c.id == row["id"]))).one()
+
+    async def report(self, owner: str, file_id: str) -> tuple[FileRow, dataset.Report]:
+        """What all of a file holds. Raises NotFound."""
+        row = await self.get(owner, file_id)
+        return row, await self._read(dataset.check, row)
+
+    async def sample(self, row: FileRow, most: int, most_bytes: int) -> list[tuple[int, dict[str, Any]]]:
+        """Some rows from all over a file, as JSON with their lines. Raises NotFound."""
+        return await self._read(dataset.sample, row, row.rows, most, most_bytes)
+
+    async def _read(self, read: Callable[..., T], row: FileRow, *more: int) -> T:
+        try:
+            async with self._checking:
+                return await asyncio.to_thread(read, self._blobs.path(row.sha256), row.filename, *more)
+        except FileNotFoundError as exc:
+            raise errors.NotFound(f"'{row.id}' was changed or deleted meanwhile: try again", param="file_id") from exc
+
+    async def grow(
+        self, owner: str, file_id: str, rows: Sequence[dataset.Row], limit_bytes: int
+    ) -> tuple[FileRow, int]:
+        """Add rows to a file that is JSON lines; how many it did not have yet. Safe to repeat.
+
+        A new version is written and takes the old one's place; jobs that have begun keep theirs. Raises NotFound,
+        InvalidRequest, TooLarge, QuotaExceeded.
+        """
+        for _ in range(GROW_TRIES):
+            old = await self.get(owner, file_id, param="dataset_id")
+            with contextlib.suppress(FileNotFoundError):  # changed meanwhile
+                if grown := await self._grow(old, rows, limit_bytes):
+                    return grown
+        raise errors.Unavailable("the data set is being changed by others all the time: try again in a moment")
+
+    async def _grow(self, old: FileRow, rows: Sequence[dataset.Row], limit_bytes: int) -> tuple[FileRow, int] | None:
+        """None if somebody else was first: begin again with their version."""
+        bound = Bound(limit_bytes, errors.TooLarge(f"it would be larger than {limit_bytes:,} bytes: begin a new one"))
+        async with self._blobs.incoming(bound) as incoming, self._checking:
+            added = await asyncio.to_thread(_grown, self._blobs.path(old.sha256), old.filename, rows, incoming)
+            if not added:
+                return old, 0
+            await incoming.finish()
+            async with letting_go(self._store, self._blobs) as (db, gone):
+                new = {"sha256": incoming.sha256, "bytes": incoming.bytes, "rows": old.rows + added}
+                same = (files.c.id == old.id) & (files.c.owner == old.owner) & (files.c.sha256 == old.sha256)
+                if not (await db.execute(update(files).where(same).values(**new))).rowcount:
+                    return None
+                await self._room.check(db, old.owner, incoming.bytes - old.bytes, "the new version")
+                await refs.hold(db)
+                await self._blobs.keep(incoming)
+                gone |= await refs.unname(db, "file", old.id)
+                await refs.name(db, "file", old.id, old.owner, {incoming.sha256: incoming.bytes})
+                return (await db.execute(select(files).where(files.c.id == old.id))).one(), added
 
     async def get(self, owner: str, file_id: str, *, param: str = "file_id") -> FileRow:
         """Raises NotFound, also for somebody else's."""
@@ -97,3 +157,24 @@ class Files:
 
 def file_ref(row: FileRow) -> wire.FileRef:
     return wire.FileRef(name=row.filename, sha256=row.sha256, bytes=row.bytes)
+
+
+def _grown(path: Path, name: str, rows: Sequence[dataset.Row], to: Incoming) -> int:
+    """Copy a file and write behind it the rows that it lacks; how many. Raises InvalidRequest for other formats."""
+    if datafile.kind_of(path, name) != "jsonl":
+        raise errors.InvalidRequest(
+            "only JSON lines can grow, and this file is a table, an array or text: upload it as JSON lines first",
+            param="dataset_id",
+        )
+    wanted = {dataset.as_line(row): row for row in rows}
+    for _, row in dataset.read(path, name):
+        if not isinstance(row, datafile.RowError):
+            wanted.pop(dataset.as_line(row), None)
+    if wanted:
+        last = b"\n"
+        with path.open("rb") as file:
+            while chunk := file.read(COPY_BYTES):
+                to.put(chunk)
+                last = chunk
+        to.put((b"" if last.endswith(b"\n") else b"\n") + b"".join(wanted))
+    return len(wanted)

@@ -10,10 +10,11 @@ import pytest
 from tests.conftest import ROOT
 
 # The root's own modules; the standard library and pydantic only.
-SHARED = ["wire", "dataset", "frames", "adapter", "logs"]
+SHARED = ["wire", "dataset", "datafile", "frames", "adapter", "logs"]
 SHARED_MAY_IMPORT = {
     "wire": {"pydantic"},
-    "dataset": set[str](),
+    "dataset": {"datafile"},
+    "datafile": set[str](),
     "frames": {"pydantic"},
     "adapter": {"pydantic", "wire"},
     "logs": set[str](),
@@ -24,7 +25,7 @@ FLOORS: dict[str, list[list[str]]] = {
     "relay": [
         ["__main__", "celery_app"],
         ["app"],
-        ["api_webhooks", "api_adapters"],
+        ["api_webhooks", "api_adapters", "api_data"],
         ["api_admin", "api_openai", "api_gpu", "api_ui", "api_ops"],
         ["vitals"],
         ["generations", "waiting", "proxy", "dispatcher"],
@@ -62,7 +63,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["bodies", "gate"],
         ["worker"],
         ["checkpoints", "text", "image", "prepare", "train", "plan"],
-        ["prefix", "data", "reuse"],
+        ["prefix", "data_report", "data", "reuse"],
         ["decoder"],
         ["llama", "gpt2"],
         ["rows", "cache"],

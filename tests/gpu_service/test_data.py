@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+import datafile
 import dataset
 from gpu_service.data import TokenStore, encode, epoch_order, render_chat, tokenize_row
 from gpu_service.errors import BadDataset, BadRequest
@@ -258,7 +259,7 @@ def build(tokenizer: Any, tmp_path: Path) -> Build:
 def test_a_batch_is_its_rows_padded_on_the_right(build: Build, tokenizer: Any, tmp_path: Path) -> None:
     store = build()
     expected = [tokenize_row(tokenizer, row, PLENTY) for _, row in dataset.read(tmp_path / "train.jsonl")
-                if not isinstance(row, dataset.RowError)]  # fmt: skip
+                if not isinstance(row, datafile.RowError)]  # fmt: skip
     assert store.lengths.tolist() == [len(t.ids) for t in expected]
     picked = [2, 0, 3]
     batch = store.batch(picked, pad_id=7)
@@ -315,7 +316,9 @@ def test_a_store_with_a_damaged_or_missing_file_is_made_again(
 
 
 def test_bad_rows_are_refused_by_line_and_nothing_stays(build: Build, tmp_path: Path) -> None:
-    with pytest.raises(BadDataset, match=r"2 of 3 lines can't be used: line 2: .*; line 3: not JSON") as caught:
+    with pytest.raises(
+        BadDataset, match=r"2 of 3 lines can't be used \(1 bad_text, 1 not_json\): line 2: .*; line 3: not JSON"
+    ) as caught:
         build([ROWS[0], {"text": ""}, "{oops\n"])
     assert caught.value.param == "training_file"
     assert list((tmp_path / "store").iterdir()) == []

@@ -13,7 +13,7 @@ from gpu_service import layers
 from gpu_service.costs import Estimate, estimate, summary, weights_bytes
 from gpu_service.errors import BadRequest, GpuError, NoSuchLayer, NotYet, UnsupportedModel
 from gpu_service.layers import TensorInfo, llama_tensors, select
-from wire import LayerSpec
+from wire import LAYERS_PATTERN, LayerSpec
 
 N, H, INNER, V = 12, 8, 16, 32  # layers, hidden size, MLP's inner size, vocabulary
 
@@ -122,6 +122,25 @@ def test_ranges_are_inclusive_and_a_list_is_their_union(data: st.DataObject) -> 
     assert {t.tensor.layer for t in found.lora} == expected
     assert found.n_tensors == 7 * len(expected)
     assert found.lowest_layer == min(expected)
+
+
+@given(
+    st.lists(st.from_regex(LAYERS_PATTERN, fullmatch=True), min_size=1, max_size=3).map(",".join),
+    st.sampled_from(["full", "lora", "dora"]),
+    st.sampled_from([*layers.PARTS, *layers.OF_DIFFUSION, "attn", "mlp", "norm", "x"]),
+)
+def test_whatever_the_grammar_allows_selects_tensors_of_the_part_or_is_refused(
+    text: str, method: Any, part: str
+) -> None:
+    try:
+        found = select(LLAMA, [LayerSpec(method=method, parts=[part], layers=text[:500])], tied=False)
+    except (GpuError, ValueError):
+        return
+    chosen = [*found.full, *(t.tensor for t in found.lora)]
+    assert chosen
+    assert all(t.belongs_to(part) for t in chosen)
+    assert bool(found.lora) == (method != "full")
+    assert all(t.dora == (method == "dora") for t in found.lora)
 
 
 @given(st.sets(st.sampled_from([p for p in layers.PARTS if p != "embed.position"]), min_size=1), st.integers(0, N - 1))

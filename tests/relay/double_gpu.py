@@ -158,6 +158,7 @@ class DoubleGpu:
         app = web.Application()
         app.router.add_post("/challenge", self._challenge)
         app.router.add_route("*", "/v1/layers/preview", self._layers)
+        app.router.add_post("/v1/data/report", self._layers)
         app.router.add_get("/v1/models/{model:.+}/layers", self._layers)
         app.router.add_route("*", "/v1/{path:.+}", self._generate)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
