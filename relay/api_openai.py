@@ -258,6 +258,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
                 layers=asked.layers,
                 hyperparameters=asked.chosen_hyperparameters,
                 seed=asked.chosen_seed,
+                priority=asked.priority,
                 training_file=training.id,
                 training_blob=file_ref(training),
                 validation_file=validation.id if validation else None,

@@ -34,6 +34,7 @@ class NewJob:
     layers: Sequence[wire.LayerSpec]
     hyperparameters: wire.Hyperparameters
     seed: int
+    priority: int  # among its owner's own
     training_file: str
     training_blob: wire.FileRef
     validation_file: str | None
@@ -71,6 +72,7 @@ class Jobs:
                     layers=[spec.model_dump() for spec in new.layers],
                     hyperparameters=new.hyperparameters.model_dump(),
                     seed=new.seed,
+                    behind=-new.priority,
                     training_file=new.training_file,
                     training_blob=new.training_blob.model_dump(),
                     validation_file=new.validation_file,

@@ -82,7 +82,7 @@ class Leases:
         return Match(turn.head.job_id, gpu.id, gpu.epoch, frozenset(head.owner for head in heads), turn.gain_s)
 
     async def _heads(self, db: AsyncConnection, able: Sequence[str]) -> list[fairness.Head]:
-        """For each user and base model that a gpu could take, the job that waits longest."""
+        """For each user and base model that a gpu could take, the job that waits longest, of the highest priority."""
         queued = (jobs.c.status == "queued") & jobs.c.base_model.in_(able)
         pair = select(jobs.c.base_model, jobs.c.owner).where(queued).distinct().limit(HEADS_SHOWN).subquery()
         longest = jobs.alias("longest")
@@ -96,20 +96,24 @@ class Leases:
         oldest = (
             select(longest.c.id)
             .where(longest.c.status == "queued", theirs, or_(longest.c.needed_bytes.is_(None), large))
-            .order_by(longest.c.created_at, longest.c.id)
+            .order_by(longest.c.behind, longest.c.created_at, longest.c.id)
             .limit(1)
             .correlate(pair)
             .scalar_subquery()
         )
-        rows = await db.execute(
-            select(*_COST, jobs.c.id, jobs.c.created_at, users.c.credit_s, users.c.served_at)
+        found = await db.execute(
+            select(*_COST, jobs.c.id, jobs.c.behind, jobs.c.created_at, users.c.credit_s, users.c.served_at)
             .select_from(pair)
             .join(jobs, jobs.c.id == oldest)
             .join(users, users.c.id == jobs.c.owner)
         )
+        rows, first = found.all(), dict[str, int]()
+        for row in rows:
+            first[row.owner] = min(row.behind, first.get(row.owner, row.behind))
         return [
             fairness.Head(row.id, row.owner, _cost_s(row), max(row.created_at, row.served_at), row.credit_s)
             for row in rows
+            if row.behind == first[row.owner]
         ]
 
     def _idle(self) -> ColumnElement[bool]:

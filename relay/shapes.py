@@ -43,6 +43,7 @@ class JobRequest(_Asked):
     validation_file: str | None = Field(default=None, max_length=100)
     suffix: str | None = Field(default=None, min_length=1, max_length=MAX_SUFFIX_CHARS)
     seed: int | None = Field(default=None, ge=0, lt=2**31)
+    priority: int = Field(default=0, ge=-100, le=100)  # ours: among one's own jobs; it gains nothing on others'
     method: Method | None = None
     hyperparameters: wire.Hyperparameters | None = None  # where the API had them before `method`
     layers: list[wire.LayerSpec] = Field(default=[wire.LayerSpec()], min_length=1, max_length=16)
@@ -146,6 +147,7 @@ def job(row: Row[Any], waiting_for: Mapping[str, dict[str, str]] = NOTHING) -> d
         "trained_tokens": row.trained_tokens,
         "error": row.error,
         "seed": row.seed,
+        "priority": -row.behind,
         "user_provided_suffix": row.suffix,
         "metadata": None,
         "integrations": [],

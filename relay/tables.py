@@ -242,6 +242,7 @@ jobs = Table(
     Column("validation_blob", JSON),
     Column("sample_prompts", JSON),  # list of texts
     Column("continue_from", JSON),  # wire.TunedModel: a job goes on when the model that it began at is deleted
+    Column("behind", Integer, nullable=False, default=0, server_default="0"),  # its priority, negated: for the index
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Column("estimated_finish", Float),
@@ -267,7 +268,7 @@ jobs = Table(
     Column("trained_tokens", BigInteger),
     Index("jobs_by_owner", "owner", "created_at"),
     Index("jobs_by_status", "status", "created_at"),
-    Index("jobs_by_turn", "status", "base_model", "owner", "created_at"),
+    Index("jobs_by_turn", "status", "base_model", "owner", "behind", "created_at"),
     Index("jobs_by_gpu", "gpu_id"),
 )
 

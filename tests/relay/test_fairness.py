@@ -1,6 +1,7 @@
 """Users share gpu seconds, whatever their jobs look like; nobody waits for ever."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -114,6 +115,23 @@ async def test_a_modest_user_waits_for_a_job_of_a_greedy_one_not_for_all(relay: 
         assert (await gpu.succeed(grant)).status_code == 200
     await modest.close()
     assert order.index("modest") <= 2  # after the one that ran already, and at most one more
+
+
+async def test_a_users_own_jobs_go_by_priority_and_then_by_age(relay: Relay, gpu: DoubleGpu) -> None:
+    file, made = await relay.upload(), {}
+    relay.clock.advance(relay.settings.alive_s + 1)  # nothing is handed out yet
+    for name, priority in (("low", -1), ("first", 0), ("second", 0), ("high", 5)):
+        relay.clock.advance(0.1)
+        asked: dict[str, Any] = {"model": BASE, "training_file": file, "priority": priority}
+        job = (await relay.http.post("/v1/fine_tuning/jobs", json=asked)).json()
+        assert job["priority"] == priority
+        made[job["id"]] = name
+    order = []
+    for _ in made:
+        grant = await gpu.next_grant()
+        order.append(made[grant.job.job_id])
+        assert (await gpu.succeed(grant)).status_code == 200
+    assert order == ["high", "first", "second", "low"]
 
 
 async def test_a_gpu_that_ends_soon_gets_no_new_job(relay: Relay, gpu: DoubleGpu) -> None:
