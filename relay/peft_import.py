@@ -280,7 +280,15 @@ class _Matcher:
     def alpha(self, module: str) -> float:
         return self._pattern(self._config.alpha_pattern, module, self._config.lora_alpha)
 
+    def _left_s(self) -> float:
+        """Many quick patterns take as long as a slow one."""
+        left_s = self._until - time.monotonic()
+        if left_s <= 0:
+            raise CannotImport(f"{CONFIG}: its names and patterns take too long to compare: use fewer and simpler ones")
+        return left_s
+
     def _among(self, module: str, wanted: list[str] | str | None) -> bool:
+        self._left_s()
         if isinstance(wanted, str):
             return self._search(wanted, module, whole=True) is not None
         return any(module == name or module.endswith(f".{name}") for name in wanted or ())
@@ -306,7 +314,7 @@ class _Matcher:
         return default
 
     def _search(self, pattern: str, module: str, *, whole: bool = False) -> Any:
-        left_s = max(self._until - time.monotonic(), 1e-3)
+        left_s = self._left_s()
         try:
             match = regex.fullmatch if whole else regex.match
             return match(pattern, module, timeout=left_s)

@@ -255,6 +255,7 @@ def test_what_peft_cannot_hold_is_refused_with_the_reason(
         ({"use_dora": True}, "do not fit each other"),
         ({"target_modules": ["q_proj"]}, "does not target it"),
         ({"target_modules": "(.*)*(.*)*(.*)*[xyz]$"}, "takes too long|does not target"),
+        ({"rank_pattern": {f"x{i}(a|b)*$": 4 for i in range(200_000)}}, "take too long"),
         ({"target_modules": "("}, "is no regular expression"),
         ({"alpha_pattern": {".*": -1.0}}, "are above 0"),
     ],
