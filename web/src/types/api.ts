@@ -110,6 +110,7 @@ export const job = z.object({
   layers: z.array(layerSpec),
   gpu: z.string().nullable(),
   attempts: z.number(),
+  waiting_for: z.object({ reason: z.string(), message: z.string() }).nullish(), // of a queued job
   pausing: z.boolean(), // asked for, and the gpu has not given the job back yet
 });
 export type Job = z.infer<typeof job>;
@@ -280,3 +281,35 @@ export const usage = used.extend({
   prices: z.object({ per_million_tokens: z.number(), per_gpu_hour: z.number() }),
   keys: z.array(keyUsage),
 });
+
+export const grown = file.extend({ added: z.number().default(1) }); // a new data set has what it was made with
+
+const lined = z.object({ line: z.number(), message: z.string() });
+const seen = z.object({
+  max_length_tokens: z.number(),
+  rows: z.number(), // that were looked at
+  tokens: z.object({
+    shortest: z.number(),
+    p50: z.number(),
+    p90: z.number(),
+    longest: z.number(),
+  }),
+  truncated: z.number(),
+  truncated_lines: z.array(z.number()),
+  nothing_to_learn: z.number(),
+  nothing_to_learn_lines: z.array(z.number()),
+  first_refused: z.array(lined),
+  example: z
+    .object({ line: z.number(), parts: z.array(z.object({ text: z.string(), learned: z.boolean() })) })
+    .nullable(),
+});
+export type Seen = z.infer<typeof seen>;
+export const fileReport = z.object({
+  rows: z.number(),
+  errors: z.record(z.string(), z.number()),
+  first_errors: z.array(lined),
+  duplicates: z.number(),
+  duplicate_lines: z.array(z.number()),
+  seen: seen.optional(),
+});
+export type FileReport = z.infer<typeof fileReport>;

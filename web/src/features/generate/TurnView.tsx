@@ -1,13 +1,16 @@
+import { Dialog } from '@/components/Dialog';
 import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { Markdown } from '@/components/Markdown';
 import { ApiError } from '@/lib/api';
 import { Button, CopyButton, Text } from '@mantine/core';
+import { useDisclosure } from '@mantine/hooks';
 import { memo, type ReactNode } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link } from 'react-router';
 import { isOver, type Turn } from './conversation';
 import { DIALS, format } from './dials';
+import { KeepAnswer } from './KeepAnswer';
 import { shortName } from './ModelPicker';
 import css from './TurnView.module.css';
 
@@ -20,6 +23,7 @@ export const TurnView = memo(function TurnView({ turn, onRetry }: Props) {
   const { t } = useTranslation();
   const { phase, ask } = turn;
   const over = isOver(phase);
+  const [keeping, modal] = useDisclosure(false);
   const name = shortName({ id: ask.model, parent: ask.model.startsWith('ft:') ? ask.model : null });
   const turned = DIALS.filter((dial) => ask.dials[dial] !== 1);
   return (
@@ -52,6 +56,11 @@ export const TurnView = memo(function TurnView({ turn, onRetry }: Props) {
                 </Small>
               )}
             </CopyButton>
+            {turn.answer ? (
+              <Small icon="edit" onClick={modal.open}>
+                {t('data.edit')}
+              </Small>
+            ) : null}
             {onRetry ? (
               <Small icon="retry" onClick={onRetry} title={t('generate.retryDials')}>
                 {t('generate.retry')}
@@ -73,6 +82,9 @@ export const TurnView = memo(function TurnView({ turn, onRetry }: Props) {
           </div>
         ) : null}
       </div>
+      <Dialog opened={keeping} onClose={modal.close} title={t('data.editTitle')}>
+        <KeepAnswer turn={turn} onDone={modal.close} />
+      </Dialog>
     </article>
   );
 });
@@ -125,7 +137,7 @@ function rate(turn: Turn): string | null {
 }
 
 function Small(props: {
-  icon: 'copy' | 'check' | 'retry';
+  icon: 'copy' | 'check' | 'retry' | 'edit';
   onClick: () => void;
   children: string;
   disabled?: boolean;

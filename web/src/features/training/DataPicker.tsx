@@ -14,6 +14,7 @@ import { deleteFile, filesQuery } from './queries';
 import { reportOf } from './report';
 
 const EXAMPLE = `{"messages": [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Arr, I be fine!"}]}
+{"instruction": "Add.", "input": "1 and 2", "output": "3"}
 {"prompt": "Ship: ", "completion": "a vessel that sails the sea"}
 {"text": "Plain text to go on from."}`;
 
@@ -79,7 +80,7 @@ export function DataPicker({ value, onChange }: { value: string | null; onChange
             <Text size="sm">{t('training.drop')}</Text>
             <FileButton
               onChange={take}
-              accept=".jsonl,.json,.txt,application/jsonl"
+              accept=".jsonl,.json,.csv,.tsv,.txt,.md,application/jsonl"
               inputProps={{ 'aria-label': t('training.choose') }}
             >
               {(props) => (

@@ -6,7 +6,7 @@ import { NotifyOffer } from '@/features/notify/NotifyOffer';
 import { ApiError } from '@/lib/api';
 import { duration } from '@/lib/format';
 import type { Job } from '@/types/api';
-import { Alert, Button, Group, Progress as Bar, Text } from '@mantine/core';
+import { Alert, Anchor, Button, Group, Progress as Bar, Text } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import { useEffect, useMemo, useState } from 'react';
 import { useTranslation } from 'react-i18next';
@@ -110,7 +110,7 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
           </Text>
         )}
       </Group>
-      {job.status === 'queued' ? <Text>{t('job.waiting', { model: job.model.split('/').at(-1) })}</Text> : null}
+      {job.status === 'queued' ? <Waiting job={job} /> : null}
       {job.pausing ? <Text>{t('job.pausing')}</Text> : null}
       {job.status === 'paused' ? <Text>{t('job.paused')}</Text> : null}
       {job.status === 'running' && step === null ? <Text>{t('job.starting')}</Text> : null}
@@ -146,6 +146,24 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
       ) : null}
       {job.error ? <ErrorNote error={new ApiError(job.error.message, 0, 'training')} /> : null}
     </section>
+  );
+}
+
+/** Why a queued job has not begun, and what would help. */
+function Waiting({ job }: { job: Job }) {
+  const { t, i18n } = useTranslation();
+  const model = job.model.split('/').at(-1);
+  const key = `job.waiting_${job.waiting_for?.reason}`;
+  const known = i18n.exists(key);
+  return (
+    <Text>
+      {known ? t(key as 'job.waiting_no_gpu', { model }) : t('job.waiting', { model })}{' '}
+      {job.waiting_for?.reason === 'no_gpu' || job.waiting_for?.reason === 'model_not_offered' ? (
+        <Anchor component={Link} to="/gpus">
+          {t('generate.connect')}
+        </Anchor>
+      ) : null}
+    </Text>
   );
 }
 

@@ -12,6 +12,7 @@ import { useState } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link, useLocation, useNavigate } from 'react-router';
 import { DataPicker } from './DataPicker';
+import { DataReport } from './DataReport';
 import { EMPTY, formOf, hyperOf, requestOf, specOf, suffixIsGood, type Form, type Part } from './form';
 import { HyperForm } from './HyperForm';
 import { LayerPicker } from './LayerPicker';
@@ -54,6 +55,8 @@ export function NewJobPage() {
   const shown = settled ? (JSON.parse(settled) as { spec: ReturnType<typeof specOf>; training: Training }) : null;
   const request = parsed?.ok ? requestOf(filled) : null;
 
+  const { max_length_tokens: length, train_on: trainOn } = form.hyper;
+
   const starting = useMutation({
     mutationFn: createJob,
     onSuccess: async (job) => {
@@ -90,6 +93,14 @@ export function NewJobPage() {
           </Card>
           <Card title={t('training.stepData')}>
             <DataPicker value={form.fileId} onChange={(fileId) => set({ fileId })} />
+            {form.fileId ? (
+              <DataReport
+                fileId={form.fileId}
+                model={model?.available ? model.id : null}
+                maxLength={typeof length === 'number' ? length : null}
+                trainOn={typeof trainOn === 'string' ? trainOn : null}
+              />
+            ) : null}
             <ValidationPicker form={form} set={set} />
           </Card>
           <Card title={t('training.stepLayers')}>

@@ -1,6 +1,19 @@
 import { api, ApiError, download } from '@/lib/api';
-import { checkpoint, file, job, type Job, type LayerSpec, list, modelLayers, preview, report } from '@/types/api';
+import {
+  checkpoint,
+  file,
+  fileReport,
+  grown,
+  job,
+  type Job,
+  type LayerSpec,
+  list,
+  modelLayers,
+  preview,
+  report,
+} from '@/types/api';
 import { infiniteQueryOptions, queryOptions } from '@tanstack/react-query';
+import type { Row } from '@/features/generate/example';
 import type { HyperValue } from './form';
 
 export const JOBS_A_PAGE = 20;
@@ -97,3 +110,21 @@ export const reportQuery = (id: string) =>
 
 export const downloadReport = (id: string): Promise<void> =>
   download(`/v1/fine_tuning/jobs/${id}/report.html`, `report-${id}.html`);
+
+/** What is in a file; with a model, what that model sees of it, which takes a gpu. */
+export const fileReportQuery = (id: string, model: string | null, maxLength: number | null, trainOn: string | null) =>
+  queryOptions({
+    queryKey: ['file-report', id, model, maxLength, trainOn],
+    queryFn: ({ signal }) => {
+      const query = new URLSearchParams();
+      if (model) query.set('model', model);
+      if (model && maxLength) query.set('max_length_tokens', String(maxLength));
+      if (model && trainOn) query.set('train_on', trainOn);
+      return api.get(`/v1/files/${id}/report?${query}`, fileReport, signal);
+    },
+    retry: false,
+    staleTime: 60_000,
+  });
+
+export const addRows = (id: string, rows: readonly Row[]) => api.post(`/api/datasets/${id}/rows`, { rows }, grown);
+export const createDataset = (name: string, rows: readonly Row[]) => api.post('/api/datasets', { name, rows }, grown);

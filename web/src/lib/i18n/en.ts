@@ -1,4 +1,5 @@
 import { account } from './account';
+import { data } from './data';
 import { hyper } from './hyper';
 import { models } from './models';
 import { notify } from './notify';
@@ -235,9 +236,10 @@ export const en = {
     stepData: 'Examples',
     stepLayers: 'Layers',
     stepName: 'Name',
-    dataText: 'One example a line (JSON Lines): a conversation, a prompt with its completion, or plain text.',
+    dataText:
+      'JSON Lines, a JSON array, CSV or plain text: conversations, instructions, prompts with their completions, or passages.',
     dataFormat: 'What a line looks like',
-    drop: 'Drop a .jsonl file here, or',
+    drop: 'Drop a file here, or',
     choose: 'choose one',
     uploading: 'Uploading {{name}} · {{percent}}',
     checking: 'Checking every line of {{name}} …',
@@ -316,6 +318,12 @@ export const en = {
     eta: '{{time}} left',
     took: 'took {{time}}',
     waiting: 'It starts by itself as soon as a GPU that has {{model}} is free.',
+    waiting_no_gpu: 'No GPU is connected. It starts by itself as soon as one that has {{model}} is here.',
+    waiting_model_not_offered: 'No connected GPU offers {{model}}. It starts by itself as soon as one does.',
+    waiting_gpu_memory:
+      'It needs more memory than the connected GPUs have. Connect a larger one, or train again with fewer or shorter examples at once.',
+    waiting_runtime_ends: 'The GPUs that could take it end within minutes. It starts by itself on the next one.',
+    waiting_gpus_busy: 'All GPUs that have {{model}} are busy. It waits for its turn.',
     starting: 'A GPU has taken it and is preparing the examples.',
     pausing: 'The GPU stores a checkpoint, and then lets it go.',
     paused: 'It keeps what it has learned, and goes on from there when you resume it.',
@@ -453,6 +461,7 @@ export const en = {
     useText: 'Point any OpenAI client at this address:',
   },
   account: account.en,
+  data: data.en,
   hyper: hyper.en,
   models: models.en,
   notify: notify.en,

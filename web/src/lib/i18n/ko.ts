@@ -1,4 +1,5 @@
 import { account } from './account';
+import { data } from './data';
 import type { en } from './en';
 import { hyper } from './hyper';
 import { models } from './models';
@@ -236,9 +237,9 @@ export const ko: Words<typeof en> = {
     stepData: '예시',
     stepLayers: '층',
     stepName: '이름',
-    dataText: '한 줄에 예시 하나씩(JSON Lines): 대화, 질문과 완성문, 또는 일반 글.',
+    dataText: 'JSON Lines, JSON 배열, CSV, 일반 글: 대화, 지시와 답, 질문과 완성문, 또는 글 토막.',
     dataFormat: '한 줄은 이렇게 생겼습니다',
-    drop: '.jsonl 파일을 여기에 놓거나',
+    drop: '파일을 여기에 놓거나',
     choose: '파일 고르기',
     uploading: '{{name}} 올리는 중 · {{percent}}',
     checking: '{{name}}의 모든 줄을 검사하는 중 …',
@@ -316,6 +317,12 @@ export const ko: Words<typeof en> = {
     eta: '{{time}} 남음',
     took: '{{time}} 걸림',
     waiting: '{{model}} 모델을 가진 GPU에 자리가 나면 저절로 시작합니다.',
+    waiting_no_gpu: '연결된 GPU가 없습니다. {{model}} 모델이 있는 GPU가 연결되면 바로 시작합니다.',
+    waiting_model_not_offered: '{{model}} 모델을 제공하는 GPU가 없습니다. 생기면 바로 시작합니다.',
+    waiting_gpu_memory:
+      '연결된 GPU의 메모리보다 더 많이 필요합니다. 더 큰 GPU를 연결하거나, 한 번에 보는 예시를 줄이거나 짧게 해서 다시 학습하세요.',
+    waiting_runtime_ends: '맡을 수 있는 GPU가 몇 분 안에 끝납니다. 다음 GPU에서 바로 시작합니다.',
+    waiting_gpus_busy: '{{model}} 모델이 있는 GPU가 모두 바쁩니다. 차례를 기다립니다.',
     starting: 'GPU가 작업을 받아 예시를 준비하고 있습니다.',
     pausing: 'GPU가 체크포인트를 저장한 뒤 작업을 내려놓습니다.',
     paused: '지금까지 배운 것을 간직하고 있으며, 다시 시작하면 거기서 이어 갑니다.',
@@ -452,6 +459,7 @@ export const ko: Words<typeof en> = {
     useText: '어떤 OpenAI 클라이언트든 이 주소를 가리키게 하세요.',
   },
   account: account.ko,
+  data: data.ko,
   hyper: hyper.ko,
   models: models.ko,
   notify: notify.ko,
