@@ -4,12 +4,12 @@ The relay's requests and a person's `curl` meet the same routes.
 """
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -19,9 +19,11 @@ from starlette.requests import ClientDisconnect
 
 import logs
 import wire
-from gpu_service import bodies, data_report, layers, plan
+from gpu_service import bodies, data_report, image, layers, plan
+from gpu_service.answers import UNEXPECTED, ended, frame, unless_gone
 from gpu_service.data import TrainOn, encode, render_chat
 from gpu_service.device import Device
+from gpu_service.drawing import PictureBody, PictureShape
 from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
 from gpu_service.gate import Gate, Identity
 from gpu_service.metrics import CONTENT_TYPE
@@ -70,6 +72,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_api_route("/v1/data/report", routes.data_report, methods=["POST"])
     app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
     app.add_api_route("/v1/completions", routes.completion, methods=["POST"])
+    app.add_api_route("/v1/images/generations", routes.pictures, methods=["POST"])
     app.state.metrics = parts.worker.metrics
     app.add_middleware(
         logs.RequestLine, log=log, watch=parts.worker.metrics, fault=_fault, left=(ClientDisconnect,), headers=HEADERS
@@ -166,6 +169,32 @@ class _Routes:
             )
         return await self._answer(request, body, source, tuned, prompt, "prompt")
 
+    async def pictures(self, request: Request) -> Response:
+        body = bodies.parse(PictureBody, await self._p.gate.admit(request))
+        known = body.model in self._p.models.ids()
+        source = self._p.models.picture_source(body.model if known else (await self._resolve(body.model))[0].id)
+        caller = request.headers.get(wire.HEADER_CALLER, "")
+        wanted = await self._off_loop(lambda: body.wanted(source, caller))
+        shape, shown = PictureShape.new(body, wanted), self._p.worker.draw(wanted)
+        first = await unless_gone(request, anext(shown))
+        if body.stream:
+            frames = self._picture_frames(shape, _with(first, shown))
+            return StreamingResponse(
+                ended(frames), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            )
+
+        async def whole() -> dict[str, Any]:
+            async with aclosing(_with(first, shown)) as pictures:
+                made = [picture async for picture in pictures]
+            return await self._off_loop(lambda: shape.whole(made))
+
+        return JSONResponse(await unless_gone(request, whole()))
+
+    async def _picture_frames(self, shape: PictureShape, shown: AsyncIterator[image.Shown]) -> AsyncIterator[bytes]:
+        async with aclosing(shown):  # type: ignore[type-var]
+            async for picture in shown:
+                yield frame(await self._off_loop(partial(shape.event, picture)))
+
     async def _answer(
         self,
         request: Request,
@@ -193,14 +222,16 @@ class _Routes:
         echo = body.text() if isinstance(body, bodies.CompletionBody) and body.echo else ""
         events = self._p.worker.generate(wanted)
         # The first event comes before the status is sent, so that what fails at the start has a status of its own.
-        first = await _unless_gone(request, anext(events))
+        first = await unless_gone(request, anext(events))
         tells = wire.HEADER_CALLER in request.headers  # a relay asks, which counts for its users
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             told = len(prompt) if tells else None
             frames = _frames(shape, _with(first, events), wanted.n, echo, wanted.tell_prompt, usage, told)
-            return StreamingResponse(frames, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        answer = await _unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo))
+            return StreamingResponse(
+                ended(frames), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            )
+        answer = await unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo))
         used = answer["usage"]
         headers = {wire.HEADER_USAGE: f"{used['prompt_tokens']},{used['completion_tokens']}"} if tells else None
         return JSONResponse(answer, headers=headers)
@@ -218,7 +249,7 @@ class _Routes:
         return await asyncio.get_running_loop().run_in_executor(self._p.tokenizing, work)
 
 
-async def _with(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+async def _with(first: T, events: AsyncIterator[T]) -> AsyncIterator[T]:
     """The events, the first of which has been taken already."""
     async with aclosing(events):  # type: ignore[type-var]
         yield first
@@ -253,73 +284,35 @@ async def _frames(
     include_usage: bool,
     prompt_tokens: int | None,
 ) -> AsyncIterator[bytes]:
-    """Server-sent events. An error after the first one is an event of its own, and no [DONE] follows it.
-
-    With `prompt_tokens` they begin and end with comments for the relay, which counts what its users use.
+    """Server-sent events. With `prompt_tokens` they begin and end with comments for the relay, which counts what its
+    users use.
     """
     finishes = list[Finish]()
     async with aclosing(events):  # type: ignore[type-var]
-        try:
-            if prompt_tokens is not None:
-                yield _used(prompt_tokens, 0)
-            for index in range(n):
-                if opening := shape.first(index):
-                    yield _frame(opening)
-                if echo and not told:
-                    yield _frame(shape.piece(index, echo))
-            async for event in events:
-                if isinstance(event, PromptTold):
-                    for index in range(n):
-                        yield _frame(shape.piece(index, echo, event.drawn))
-                elif isinstance(event, Finish):
-                    finishes.append(event)
-                    yield _frame(shape.last(event))
-                else:
-                    yield _frame(shape.piece(event.index, event.text, event.drawn))
-            if include_usage:
-                yield _frame(shape.usage_only(finishes))
-            if prompt_tokens is not None:
-                yield _used(prompt_tokens, sum(finish.completion_tokens for finish in finishes))
-            yield b"data: [DONE]\n\n"
-        except GpuError as exc:
-            yield _frame(exc.body())
-        except Exception:  # the answer ends here, whatever it was
-            log.exception("a streamed answer failed")
-            yield _frame(_UNEXPECTED)
+        if prompt_tokens is not None:
+            yield _used(prompt_tokens, 0)
+        for index in range(n):
+            if opening := shape.first(index):
+                yield frame(opening)
+            if echo and not told:
+                yield frame(shape.piece(index, echo))
+        async for event in events:
+            if isinstance(event, PromptTold):
+                for index in range(n):
+                    yield frame(shape.piece(index, echo, event.drawn))
+            elif isinstance(event, Finish):
+                finishes.append(event)
+                yield frame(shape.last(event))
+            else:
+                yield frame(shape.piece(event.index, event.text, event.drawn))
+        if include_usage:
+            yield frame(shape.usage_only(finishes))
+        if prompt_tokens is not None:
+            yield _used(prompt_tokens, sum(finish.completion_tokens for finish in finishes))
 
 
 def _used(prompt_tokens: int, completion_tokens: int) -> bytes:
     return wire.USAGE_COMMENT + f"{prompt_tokens},{completion_tokens}\n\n".encode()
-
-
-def _frame(event: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
-    """The result; or ClientDisconnect, with the work cancelled, as soon as the caller hangs up."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
-    finally:
-        for waiting in (task, gone):
-            waiting.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await waiting
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-_UNEXPECTED = wire.error_body(
-    "Something failed on this gpu that should not have; its log says what.", type="server_error", code="internal_error"
-)
 
 
 async def _render(request: Request, exc: Exception) -> Response:
@@ -340,4 +333,4 @@ async def _render_gone(request: Request, exc: Exception) -> Response:
 
 
 def _fault(request_id: str) -> Response:
-    return JSONResponse(_UNEXPECTED, 500)
+    return JSONResponse(UNEXPECTED, 500)

@@ -8,9 +8,9 @@ https://platform.openai.com/docs/api-reference/chat
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -51,6 +51,9 @@ EpsGain = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
 
 class Band(Body):
@@ -100,6 +103,9 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
+    ignored = frozenset(IGNORED)
+    neutral = NEUTRAL
+
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -300,14 +306,14 @@ def parse(kind: type[AnyModel], raw: bytes) -> AnyModel:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as exc:
             raise BadRequest("The body has half of a surrogate pair: send valid Unicode.", code="not_json") from exc
-    kept = {}
+    ours, kept = kind if issubclass(kind, Body) else Body, {}
     for name, item in value.items():
         if name in kind.model_fields:
             kept[name] = item
-        elif issubclass(kind, GenerationBody) and name in NEUTRAL:
-            if item is not None and item not in NEUTRAL[name]:
+        elif name in ours.neutral:
+            if item is not None and item not in ours.neutral[name]:
                 raise NotYet(f"{name} is not built yet: leave it out.", param=name)
-        elif not (issubclass(kind, GenerationBody) and name in IGNORED):
+        elif name not in ours.ignored:
             kept[name] = item  # refused below, by name
     try:
         return kind.model_validate(kept)

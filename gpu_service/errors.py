@@ -5,6 +5,7 @@
     │   ├── PromptTooLong
     │   ├── NoSuchLayer
     │   ├── NotFinite             dials turned so far that nothing can be computed
+    │   ├── OtherKind             a model of text asked for a picture, or the other way round
     │   ├── NotYet            400   a part of the language that this version does not carry out
     │   ├── UnsupportedModel
     │   └── BadDataset
@@ -56,10 +57,11 @@ class BadRequest(GpuError):
 class PromptTooLong(BadRequest):
     code = "context_length_exceeded"
 
-    def __init__(self, prompt_tokens: int, context_tokens: int, *, param: str) -> None:
+    def __init__(self, prompt_tokens: int, context_tokens: int, *, param: str, answer: bool = True) -> None:
+        left = ", and at least one must be left for the answer" if answer else ""
         super().__init__(
-            f"The prompt has {prompt_tokens:,} tokens; this model's context is {context_tokens:,} tokens, and at least "
-            "one must be left for the answer. Shorten the prompt.",
+            f"The prompt has {prompt_tokens:,} tokens; this model's context is {context_tokens:,} tokens{left}. "
+            "Shorten the prompt.",
             param=param,
         )
 
@@ -71,10 +73,14 @@ class NoSuchLayer(BadRequest):
 class NotFinite(BadRequest):
     code = "not_finite"
 
-    def __init__(self) -> None:
+    def __init__(self, missing: str = "next token") -> None:
         super().__init__(
-            "The model's numbers overflowed, so there is no next token: turn the dials back towards 1.", param="dials"
+            f"The model's numbers overflowed, so there is no {missing}: turn the dials back towards 1.", param="dials"
         )
+
+
+class OtherKind(BadRequest):
+    code = "wrong_kind_of_model"
 
 
 class NotYet(BadRequest):

@@ -29,6 +29,17 @@ from gpu_service.settings import BadSetting
 
 log = logging.getLogger(__name__)
 
+# Of a Stable Diffusion, whose repositories hold the same weights several times over, in other formats and precisions.
+PIPELINE = "model_index.json"
+PIPELINE_FILES = [
+    PIPELINE,
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    "tokenizer/merges.txt",
+    *(f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", "diffusion_pytorch_model.safetensors")),
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+]
 FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
 SPARE_BYTES = 200 * 2**20  # that a download leaves free: logs, checkpoints and the relay may share the disk
 LOOK_S = 0.5  # between two looks at how far it is
@@ -52,7 +63,11 @@ def fetch(name: str, token: str | None, folder: Path | None, tell: Callable[[Dow
         _usable(folder)
     wanted: dict[str, Any] = {"allow_patterns": FILES, "token": token, "cache_dir": folder}
     try:
-        missing = [f for f in snapshot_download(name, dry_run=True, **wanted) if f.will_download]
+        files = snapshot_download(name, dry_run=True, **wanted)
+        if any(f.filename == PIPELINE for f in files):
+            wanted["allow_patterns"] = PIPELINE_FILES
+            files = snapshot_download(name, dry_run=True, **wanted)
+        missing = [f for f in files if f.will_download]
         if missing:
             kept = folder or Path(constants.HF_HUB_CACHE)
             _download(name, missing, kept, wanted, tell)
@@ -101,7 +116,7 @@ def _from_disk(name: str, wanted: dict[str, Any], why: BaseException) -> Path:
         found = Path(snapshot_download(name, local_files_only=True, **wanted))
     except (OSError, ValueError) as exc:
         raise BadSetting(unreachable) from exc
-    if not list(found.glob("*.safetensors")):
+    if not list(found.rglob("*.safetensors")):
         raise BadSetting(unreachable) from why
     log.warning("the hub can't be reached: %s is served as it is on disk", name)
     return found

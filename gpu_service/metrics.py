@@ -43,7 +43,7 @@ class Metrics:
         self._streams = Gauge("gpu_live_streams", "Event streams that are open.", registry=registry)
         tokens = counter("tokens", "Tokens of text: read in prompts, written in answers, seen in training.", "what")
         self.read, self.written, self.trained = (tokens.labels(what) for what in ("read", "written", "trained"))
-        self._device = seconds("device", "A step of text, or a slice of training.", STEPS_S, "kind")
+        self._device = seconds("device", "A step of text or of pictures, or a slice of training.", STEPS_S, "kind")
         self.train_step = seconds("train_step", "An optimizer step, without what was served in between.", STEPS_S)
         self._errors = counter("errors", "Answers that were errors of this gpu's own.", "code")
 

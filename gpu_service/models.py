@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 import wire
-from gpu_service import hub
+from gpu_service import hub, sd
 from gpu_service.costs import Estimate, estimate, weights_bytes
 from gpu_service.device import Device
-from gpu_service.errors import ModelUnreadable, NoSuchModel, OutOfMemory, UnsupportedModel, Withheld
+from gpu_service.errors import ModelUnreadable, NoSuchModel, OtherKind, OutOfMemory, UnsupportedModel, Withheld
 from gpu_service.layers import Selection, TensorInfo, gpt2_tensors, llama_tensors
 from gpu_service.quantize import Quantized
+from gpu_service.sd import PictureBase, PictureSource
 from gpu_service.settings import BadSetting
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class Models:
     ) -> None:
         """`folder` keeps what comes from the hub; `tell` hears how far that is, in this thread."""
         self._device = device
-        self._sources = {s.id: s for s in (find(name, hf_token, folder, tell) for name in names)}
+        self._all = {s.id: s for s in (locate(name, hf_token, folder, tell) for name in names)}
+        self._painters: dict[str, PictureBase] = {}
         self._loaded: dict[str, Base] = {}
         # Held otherwise than what serves, for as long as a training holds on to them.
         self._withheld: set[str] = set()
@@ -142,16 +144,35 @@ class Models:
     def weights_bytes(self) -> int:
         """Of all models together, as they serve."""
         precision = self._device.precision
-        return sum(s.weights_bytes(precision.quantize, precision.dtype.itemsize) for s in self._sources.values())
+        return sum(s.weights_bytes(precision.quantize, precision.dtype.itemsize) for s in self._all.values())
 
     def ids(self) -> list[str]:
-        return list(self._sources)
+        return list(self._all)
 
     def source(self, model: str) -> Source:
-        """Raises NoSuchModel, naming those that exist."""
-        if model not in self._sources:
-            raise NoSuchModel(model, self._sources)
-        return self._sources[model]
+        """Raises NoSuchModel, naming those that exist, and OtherKind."""
+        found = self._found(model)
+        if isinstance(found, PictureSource):
+            raise OtherKind(
+                f"'{model}' makes pictures: ask /v1/images/generations for one. Fine-tuning it is not built yet.",
+                param="model",
+            )
+        return found
+
+    def picture_source(self, model: str) -> PictureSource:
+        """Raises NoSuchModel, naming those that exist, and OtherKind."""
+        found = self._found(model)
+        if isinstance(found, Source):
+            raise OtherKind(f"'{model}' writes text: ask /v1/chat/completions or /v1/completions.", param="model")
+        return found
+
+    def makes_pictures(self, model: str) -> bool:
+        return isinstance(self._found(model), PictureSource)
+
+    def _found(self, model: str) -> Source | PictureSource:
+        if model not in self._all:
+            raise NoSuchModel(model, self._all)
+        return self._all[model]
 
     def offered(self) -> list[wire.OfferedModel]:
         return [
@@ -160,9 +181,9 @@ class Models:
                 family=s.family,
                 n_layers=s.n_layers,
                 context_tokens=s.context_tokens,
-                loaded=s.id in self._loaded,
+                loaded=s.id in self._loaded or s.id in self._painters,
             )
-            for s in self._sources.values()
+            for s in self._all.values()
         ]
 
     def fits(self, model: str, quantize: wire.Quantize) -> bool:
@@ -196,6 +217,12 @@ class Models:
         self._lent[model, quantize] = base
         return base
 
+    def load_pictures(self, model: str) -> PictureBase:
+        """Raises OutOfMemory, with both figures, before anything is read."""
+        if model not in self._painters:
+            self._painters[model] = sd.load(self.picture_source(model), self._device)
+        return self._painters[model]
+
     def _read(self, source: Source, quantize: wire.Quantize) -> Base:
         held = self._device.precision.name if quantize == "none" else f"{self._device.precision.name} and {quantize}"
         needs, free = source.weights_bytes(quantize, self._device.precision.dtype.itemsize), self._device.free_bytes()
@@ -208,12 +235,20 @@ class Models:
         return read_base(source, self._device, quantize)
 
 
-def find(
+def find(name: str) -> Source:
+    """A model of text, as `locate` finds it."""
+    found = locate(name)
+    if isinstance(found, PictureSource):
+        raise BadSetting(f"'{name}' makes pictures, and a model of text is needed here")
+    return found
+
+
+def locate(
     name: str,
     hf_token: str | None = None,
     kept: Path | None = None,
     tell: Callable[[hub.Download], None] = lambda _: None,
-) -> Source:
+) -> Source | PictureSource:
     """`name` is a hub id, a folder, or `id=folder`. Raises BadSetting, for it comes from GPU_MODELS."""
     id, _, path = name.rpartition("=")
     if id or Path(path).is_dir():
@@ -223,7 +258,10 @@ def find(
     else:
         folder, revision = hub.fetch(name, hf_token, kept, tell), "hub"
     try:
-        return _open(id or (name if revision else folder.resolve().name), folder, revision is not None)
+        id = id or (name if revision else folder.resolve().name)
+        if sd.is_pipeline(folder):
+            return sd.open_folder(id, folder, folder.resolve().name if revision else None)
+        return _open(id, folder, revision is not None)
     except UnsupportedModel as exc:
         raise BadSetting(f"GPU_MODELS names '{name}': {exc.message}") from exc
 

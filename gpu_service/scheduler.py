@@ -7,7 +7,7 @@ furthest behind its share goes next. So chat waits for one slice of training at 
 from collections import OrderedDict, deque
 from typing import Generic, Literal, TypeVar
 
-Kind = Literal["text", "train"]
+Kind = Literal["text", "image", "train"]
 T = TypeVar("T")
 
 
@@ -15,13 +15,15 @@ class Scheduler:
     def __init__(self, train_share: float) -> None:
         """`train_share` of device time goes to training while somebody chats; 0 < train_share < 1."""
         assert 0 < train_share < 1
-        self._share: dict[Kind, float] = {"text": 1 - train_share, "train": train_share}
-        self._spent: dict[Kind, float] = {"text": 0.0, "train": 0.0}  # device seconds over share
+        live = 1 - train_share  # text and pictures alike: each waits for one step of the other at most
+        self._share: dict[Kind, float] = {"text": live, "image": live, "train": train_share}
+        self._spent: dict[Kind, float] = dict.fromkeys(self._share, 0.0)  # device seconds over share
         self._ready: list[Kind] = []
 
-    def choose(self, *, text: bool, train: bool) -> Kind | None:
-        """None when there is nothing to do. Of two equally far behind, text goes first: somebody is waiting."""
-        ready: list[Kind] = [*(["text"] if text else []), *(["train"] if train else [])]  # type: ignore[list-item]
+    def choose(self, *, text: bool, train: bool, image: bool = False) -> Kind | None:
+        """None when there is nothing to do. Of those equally far behind, text goes first: somebody is waiting."""
+        kinds: dict[Kind, bool] = {"text": text, "image": image, "train": train}
+        ready = [kind for kind, is_ready in kinds.items() if is_ready]
         going = [self._spent[kind] for kind in ready if kind in self._ready]
         for kind in ready:
             if kind not in self._ready:

@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gpu_service import artifacts, costs, prepare, products, train
+from gpu_service import artifacts, costs, image, prepare, products, train
 from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
@@ -145,6 +145,7 @@ class Worker:
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self.metrics = self._measured()
         self._shelf = Shelf(settings.data_dir / "prefix", settings.prefix_bytes)
+        self._pictures = image.Pictures()
         self._trainings: list[Training] = []
         self._served: dict[str, Served] = {}
         self._speeds: dict[str, float] = {}  # flops a second, by model
@@ -169,7 +170,7 @@ class Worker:
     def refuse(self) -> None:
         """From now on every answer under way ends with an error, and so does every new one."""
         self._refusing = True
-        self._post(lambda: self._text.fail_all(Stopping("This gpu is stopping.")))
+        self._post(lambda: self._fail_live(Stopping("This gpu is stopping.")))
 
     def flops_per_s(self, model: str) -> float | None:
         """What this device does with this model, measured when it was loaded; None before that."""
@@ -180,25 +181,39 @@ class Worker:
         return self._active
 
     async def load(self, model: str) -> None:
-        await self._call(lambda: self._serve(self._models.load(model)))
+        await self._call(lambda: self._load(model))
 
     async def generate(self, wanted: Generation) -> AsyncIterator[Event]:
         """Pieces of text, and for each answer a Finish. Whoever stops reading stops them within one step.
 
         Raises TooBusy, OutOfMemory, BadRequest for what can never fit, and BadAdapter.
         """
+        stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)
+        with self._live(stream):
+            self._post(lambda: self._admit(wanted, stream))
+            async for item in stream.read():
+                yield item
+
+    async def draw(self, wanted: image.Wanted) -> AsyncIterator[image.Shown]:
+        """Previews, and each picture once. Whoever stops reading stops them within one step. Raises as `generate`."""
+        stream: Stream[image.Shown] = Stream(lambda item: item.preview is None, len(wanted.seeds))
+        with self._live(stream):
+            self._post(lambda: self._admit_pictures(wanted, stream))
+            async for item in stream.read():
+                yield item
+
+    @contextmanager
+    def _live(self, stream: Stream[T]) -> Iterator[None]:
+        """For as long as somebody reads. Raises Stopping, TooBusy."""
         if self._refusing:
             raise Stopping("This gpu is stopping.")
         if self.draining:
             raise Stopping("This gpu is being drained: ask another, or again later.")
         if self._active >= self._max_waiting:
             raise TooBusy(f"{self._active} generations are under way here: try again in a moment.")
-        stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)
         self._active += 1
         try:
-            self._post(lambda: self._admit(wanted, stream))
-            async for item in stream.read():
-                yield item
+            yield
         finally:
             stream.closed = True
             self._active -= 1
@@ -252,22 +267,34 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._read_inbox(wait=not self._text and not self._trainings)
-            kind = self._scheduler.choose(text=bool(self._text), train=self._may_train())
+            self._read_inbox(wait=not self._text and not self._pictures and not self._trainings)
+            kind = self._scheduler.choose(text=bool(self._text), image=bool(self._pictures), train=self._may_train())
             if kind is None:
                 continue
             start = time.perf_counter()
             if kind == "text":
                 self._text_step()
+            elif kind == "image":
+                self._pictures.step()
             else:
                 self._slice(self._trainings[0])
             took_s = time.perf_counter() - start
             self._scheduler.ran(kind, took_s)
             self.metrics.ran(kind, took_s)
         stopping = Stopping("This gpu is stopping.")
-        self._text.fail_all(stopping)
+        self._fail_live(stopping)
         for training in self._trainings:
             training.stream.send(stopping)
+
+    def _fail_live(self, error: BaseException) -> None:
+        self._text.fail_all(error)
+        self._pictures.fail_all(error)
+
+    def _load(self, model: str) -> None:
+        if self._models.makes_pictures(model):
+            self._models.load_pictures(model)
+        else:
+            self._serve(self._models.load(model))
 
     def _may_train(self) -> bool:
         """A streamed run begins once nobody uses its model any more; from then on nobody can."""
@@ -338,6 +365,17 @@ class Worker:
         except Exception as exc:  # handed to the caller, who waits for the first token
             if not isinstance(exc, GpuError):
                 log.exception("a generation could not start")
+            stream.send(translate(exc))
+
+    def _admit_pictures(self, wanted: image.Wanted, stream: Stream[image.Shown]) -> None:
+        if stream.closed:
+            return
+        try:
+            base = self._models.load_pictures(wanted.base_model)
+            self._pictures.add(image.Request(base, wanted, stream.send, lambda: stream.closed))
+        except Exception as exc:  # handed to the caller, who waits for the first picture
+            if not isinstance(exc, GpuError):
+                log.exception("a picture could not start")
             stream.send(translate(exc))
 
     def _slice(self, training: Training) -> None:

@@ -138,6 +138,10 @@ def _generation(routes: APIRouter, api: OpenAIApi) -> None:
     async def completions(request: Request) -> Response:
         return await api.generate(request)
 
+    @routes.post("/images/generations")
+    async def pictures(request: Request) -> Response:
+        return await api.generate(request)
+
 
 def _models(routes: APIRouter, api: OpenAIApi) -> None:
     @routes.get("/models")

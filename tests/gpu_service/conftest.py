@@ -57,8 +57,8 @@ class Gpu:
 
 
 @asynccontextmanager
-async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings) -> AsyncIterator[Gpu]:
-    models = Models((f"{TINY}={tiny_dir}",), cpu)
+async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings, *more: str) -> AsyncIterator[Gpu]:
+    models = Models((f"{TINY}={tiny_dir}", *more), cpu)
     worker = Worker(settings, cpu, models)
     running: Gpu
 

@@ -1,0 +1,118 @@
+"""The UNet's blocks by name, and the dials on them.
+
+A block is `down.0`, `mid` or `up.2`, as diffusers orders them. Dials act by picture, through hooks that are there for
+the length of one pass: attention and feed-forward outputs are multiplied, and norms are computed again with their
+epsilon multiplied. Without dials there is no hook, and the pass is diffusers' own, bit for bit. Knows no request.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gpu_service.errors import NoSuchLayer
+
+Part = Literal["attn.self", "attn.cross", "mlp", "eps"]
+RANGE = re.compile(r"(all|down|mid|up)|(down|up)\.([0-9]{1,3})(?:-([0-9]{1,3}))?")
+OUTER = ""  # what belongs to no block: the first and last convolution and the last norm
+
+
+@dataclass(frozen=True)
+class UnetDials:
+    """Multipliers by block and part, for one picture; what is not named is 1.0. Never empty."""
+
+    gains: Mapping[tuple[str, Part], float]
+
+    def gain(self, block: str, part: Part) -> float:
+        return self.gains.get((block, part), 1.0)
+
+
+def blocks(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """In the order of a pass."""
+    down = tuple(f"down.{n}" for n in range(len(config["down_block_types"])))
+    up = tuple(f"up.{n}" for n in range(len(config["up_block_types"])))
+    return (*down, "mid", *up)
+
+
+def parse_blocks(known: Sequence[str], text: str) -> list[str]:
+    """`all`, `down`, `up.1-3`, `down.0,mid`. Raises NoSuchLayer, naming what exists."""
+    found: list[str] = []
+    for item in (item.strip() for item in text.split(",")):
+        named = RANGE.fullmatch(item)
+        chosen: list[str] = []
+        if named and named[1]:
+            chosen = [b for b in known if named[1] == "all" or b.partition(".")[0] == named[1]]
+        elif named:
+            first, last = int(named[3]), int(named[4] or named[3])
+            chosen = [f"{named[2]}.{n}" for n in range(first, last + 1)]
+        if not chosen or not set(chosen) <= set(known):
+            raise NoSuchLayer(f"'{item[:50]}' is no block of this model: use all, {', '.join(known)}.", param="dials")
+        found += [b for b in chosen if b not in found]
+    return found
+
+
+@contextlib.contextmanager
+def dialled(unet: nn.Module, rows: Sequence[UnetDials | None]) -> Iterator[None]:
+    """Passes within have `rows` in their batch, in this order."""
+    if not any(rows):
+        yield
+        return
+    with contextlib.ExitStack() as hooks:
+        for name, module in unet.named_modules():
+            part = _part(name, module)
+            if part is None:
+                continue
+            gains = [row.gain(_block(name), part) if row else 1.0 for row in rows]
+            if any(gain != 1.0 for gain in gains):
+                hook = _norm_again if part == "eps" else _multiplied
+                handle = module.register_forward_hook(hook(torch.tensor(gains)))
+                hooks.callback(handle.remove)
+        yield
+
+
+def _part(name: str, module: nn.Module) -> Part | None:
+    if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        return "eps"
+    last = name.rpartition(".")[2]
+    ending: dict[str, Part] = {"attn1": "attn.self", "attn2": "attn.cross", "ff": "mlp"}
+    return ending.get(last)
+
+
+def _block(name: str) -> str:
+    kind, _, rest = name.partition("_block")
+    if kind == "mid":
+        return "mid"
+    return f"{kind}.{rest.split('.')[1]}" if kind in ("down", "up") else OUTER
+
+
+def _multiplied(gains: Tensor) -> Any:
+    def hook(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out * gains.to(out).view(-1, *[1] * (out.dim() - 1))
+
+    return hook
+
+
+def _norm_again(gains: Tensor) -> Any:
+    def hook(module: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Rows whose gain is 1 keep what the module made, to the last bit."""
+        x = given[0].float()
+        shape = [-1, *[1] * (x.dim() - 1)]
+        eps = (gains.to(x.device) * module.eps).view(shape)
+        if isinstance(module, nn.GroupNorm):
+            parts = x.view(len(x), module.num_groups, -1)
+            mean, var = parts.mean(-1, keepdim=True), parts.var(-1, keepdim=True, unbiased=False)
+            normed = ((parts - mean) * (var + eps.view(-1, 1, 1)).rsqrt()).view_as(x)
+            across = (1, -1, *[1] * (x.dim() - 2))
+        else:
+            mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+            normed = (x - mean) * (var + eps).rsqrt()
+            across = (*[1] * (x.dim() - 1), -1)
+        if module.weight is not None:
+            normed = normed * module.weight.float().view(across) + module.bias.float().view(across)
+        return torch.where((gains != 1.0).to(x.device).view(shape), normed.to(out), out)
+
+    return hook

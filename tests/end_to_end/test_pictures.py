@@ -1,0 +1,41 @@
+"""Pictures through the relay with the official client. A tiny model with random weights."""
+
+import base64
+import io
+from pathlib import Path
+
+import openai
+import pytest
+from PIL import Image
+
+from tests.end_to_end.stack import Gpu, Relay, running
+from tests.gpu_service import tiny_sd
+from tests.gpu_service.tiny_sd import NAME
+
+
+def test_pictures_are_drawn_and_streamed_through_the_relay(tmp_path: Path) -> None:
+    relay = Relay(tmp_path / "relay")
+    with running(relay):
+        gpu = Gpu(tmp_path / "gpu", {NAME: tiny_sd.make(tmp_path / NAME)}, relay)
+        with running(gpu):
+            relay.serves(NAME)
+            client = relay.client()
+            listed = {model.id: model for model in client.models.list()}
+            assert listed[NAME].model_dump()["family"] == "sd"
+            extra = {"seed": 1, "steps": 6}
+            answer = client.images.generate(model=NAME, prompt="a red heart", extra_body=extra)
+            stream = client.images.generate(
+                model=NAME, prompt="a red heart", stream=True, partial_images=2, extra_body={**extra, "wait_s": 60}
+            )
+            events = list(stream)
+            assert [event.type.rpartition(".")[2] for event in events] == [
+                "partial_image",
+                "partial_image",
+                "completed",
+            ]
+            assert answer.data
+            assert answer.data[0].b64_json == events[-1].b64_json
+            picture = Image.open(io.BytesIO(base64.b64decode(events[-1].b64_json)))
+            assert picture.size == (tiny_sd.SIDE, tiny_sd.SIDE)
+            with pytest.raises(openai.BadRequestError, match="pictures"):
+                client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "hello"}])
