@@ -113,8 +113,8 @@ class Pictures:
         for row in [*self._rows, *self._line.waiting()]:
             if row.request.cancelled():
                 self._end(row)
-        while row := self._line.next():
-            self._rows.append(row)
+        while (admitted := self._line.next()) is not None:
+            self._rows.append(admitted)
         if not self._rows:
             return
         first = self._rows[0]
@@ -248,7 +248,7 @@ def _clean(scheduler: Any, told: Tensor, given: Tensor, time: Tensor) -> Tensor:
         clean = signal.sqrt() * noisy - (1 - signal).sqrt() * predicted
     else:
         clean = (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
-    return clean.to(given.dtype)
+    return torch.as_tensor(clean, dtype=given.dtype)
 
 
 def _next_preview(row: _Row) -> int:

@@ -30,8 +30,8 @@ from tests.gpu_service.conftest import KEY, Gpu, run_gpu
 from tests.gpu_service.tiny_sd import NAME, SIDE
 
 PROMPT = "a red heart"
-# diffusers' Euler hands torch tensors to numpy in a way that numpy 2 will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# Some of diffusers' schedulers hand torch tensors to numpy in a way that numpy 2 will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
