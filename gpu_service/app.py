@@ -184,7 +184,7 @@ class _Routes:
             )
 
         async def whole() -> dict[str, Any]:
-            async with aclosing(_with(first, shown)) as pictures:
+            async with aclosing(_with(first, shown)) as pictures:  # type: ignore[type-var]
                 made = [picture async for picture in pictures]
             return await self._off_loop(lambda: shape.whole(made))
 

@@ -98,7 +98,7 @@ async def test_a_picture_is_bit_for_bit_that_of_the_pipeline(
     painter: Worker, source: PictureSource, pipeline: Any, scheduler: str | None
 ) -> None:
     pipeline.scheduler = source.new_scheduler(scheduler)
-    asked = {"negative_prompt": "blue", "width": 48, "height": SIDE}
+    asked: dict[str, Any] = {"negative_prompt": "blue", "width": 48, "height": SIDE}
     [made] = await draw(painter, source, scheduler=scheduler, negative_prompt="blue", size=f"48x{SIDE}")
     assert np.array_equal(made, expected(pipeline, **asked))
 
