@@ -31,7 +31,7 @@ COMPILERS = ("cc", "gcc", "g++ -x c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 COMPILE_S = 120  # at most; two seconds are usual
 TIMED_BYTES = 48 * 2**20  # of matrices that are timed: more than a cache holds
-SPANS = ((1, 1), (8, 31), (64, 2**31))  # (rows that are timed, the most rows for which the outcome counts)
+SPANS = ((1, 1), (8, 16), (32, 2**31))  # (rows that are timed, the most rows for which the outcome counts)
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

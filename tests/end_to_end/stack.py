@@ -123,14 +123,14 @@ class Relay(Service):
         self._clients.callback(client.close)
         return client
 
-    def serves(self, model: str) -> None:
+    def serves(self, model: str, within_s: float = START_S) -> None:
         """Until a gpu answers for it."""
 
         def listed() -> bool:
             found = httpx2.get(f"{self.url}/v1/models", headers=self.headers).json()["data"]
             return any(m["id"] == model and m["available"] for m in found)
 
-        self.wait(listed)
+        self.wait(listed, within_s)
 
 
 class Gpu(Service):
