@@ -217,6 +217,7 @@ class _Routes:
             tell_prompt=isinstance(body, bodies.CompletionBody) and body.tells_prompt,
             caller=request.headers.get(wire.HEADER_CALLER, ""),
             alone=body.deterministic,
+            shorten=isinstance(body, bodies.ChatBody) and not body.names_limit,
         )
         shape = bodies.AnswerShape.new(isinstance(body, bodies.ChatBody), body.model, source.token_text)
         echo = body.text() if isinstance(body, bodies.CompletionBody) and body.echo else ""

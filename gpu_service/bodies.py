@@ -184,6 +184,10 @@ class ChatBody(GenerationBody):
         return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
 
     @property
+    def names_limit(self) -> bool:
+        return bool(self.max_completion_tokens or self.max_tokens)
+
+    @property
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 

@@ -9,7 +9,7 @@ Runs on the device thread and knows nothing of threads or HTTP.
 
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ from gpu_service.scheduler import Admission
 log = logging.getLogger(__name__)
 
 TOLD_TOKENS = 128  # of a prompt whose logits are held at once: (128, 49152) fp32 is 25 MB
+SHORT_TOKENS = 64  # of an answer: a shorter one than this helps nobody who did not ask for it
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,17 @@ class Engine:
         """For all of its answers, at their longest."""
         geometry = request.served.decoder.geometry(self._dtype, self._device)
         return request.n * geometry.row_bytes(len(request.prompt) + request.sampling.max_tokens)
+
+    def shortened(self, request: Request) -> Request:
+        """With as many tokens as there is room for, if that is not less than a short answer."""
+        fewer = request
+        while self.needs_bytes(fewer) > self.budget_bytes:
+            half = class_tokens(len(fewer.prompt) + fewer.sampling.max_tokens) // 2
+            tokens = half - len(fewer.prompt)
+            if not SHORT_TOKENS <= tokens < fewer.sampling.max_tokens:  # of rows in the smallest class, half is no less
+                return request
+            fewer = replace(fewer, sampling=replace(fewer.sampling, max_tokens=tokens))
+        return fewer
 
     @property
     def budget_bytes(self) -> int:

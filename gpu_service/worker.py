@@ -69,6 +69,7 @@ class Generation:
     tell_prompt: bool = False
     caller: str = ""
     alone: bool = False
+    shorten: bool = False  # nobody named `max_tokens`: fewer will do where there is no room for so many
 
 
 class Stream(Generic[T]):
@@ -353,6 +354,8 @@ class Worker:
                 send=stream.send,
                 cancelled=lambda: stream.closed,
             )
+            if wanted.shorten:
+                request = self._text.shortened(request)
             needs, budget = self._text.needs_bytes(request), self._text.budget_bytes
             if needs > budget:
                 raise BadRequest(

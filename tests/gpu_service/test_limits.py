@@ -1,0 +1,124 @@
+"""Limits that callers meet, on a real server with the official client."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import openai
+import pytest
+
+import wire
+from gpu_service import device as devices
+from gpu_service.artifacts import Adapter, AdapterMeta, LoraMeta, save
+from gpu_service.device import Device
+from gpu_service.models import Models
+from gpu_service.settings import Settings
+from gpu_service.worker import AdapterFiles, Worker
+from tests.conftest import TINY
+from tests.gpu_service.conftest import KEY, Gpu, run_gpu
+from tests.gpu_service.test_rows import random_lora
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def client_of(gpu: Gpu) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{gpu.url}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture
+async def narrow(tiny_dir: Path, cpu: Device) -> AsyncIterator[Gpu]:
+    """A gpu with room for one row of 256 tokens and little more."""
+    async with run_gpu(tiny_dir, cpu, Settings()) as gpu:
+        gpu.worker._text._admission.budget_bytes = 300 * 1024
+        yield gpu
+
+
+async def test_what_can_never_fit_is_refused_at_once_and_an_answer_without_a_limit_is_cut_to_what_fits(
+    narrow: Gpu,
+) -> None:
+    client = client_of(narrow)
+    with pytest.raises(openai.BadRequestError, match="would take 1 MB, and this gpu has 0 MB") as refused:
+        await client.chat.completions.create(model=TINY, messages=HELLO, max_tokens=400)
+    assert refused.value.code == "does_not_fit"
+    assert refused.value.param == "max_tokens"
+    answer = await client.chat.completions.create(model=TINY, messages=HELLO, temperature=0, logit_bias={"2": -100})
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage
+    assert 100 < answer.usage.total_tokens <= 256
+    with pytest.raises(openai.BadRequestError, match="does_not_fit"):
+        await client.chat.completions.create(model=TINY, messages=HELLO, n=8)
+
+
+async def test_a_template_that_refuses_the_messages_is_400_in_its_own_words(
+    tiny_dir: Path, cpu: Device, tmp_path: Path
+) -> None:
+    folder = tmp_path / "strict"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('begin with a system message') }}{% endif %}hello"
+    )
+    async with run_gpu(folder, cpu, Settings()) as gpu:
+        with pytest.raises(openai.BadRequestError, match="begin with a system message") as refused:
+            await client_of(gpu).chat.completions.create(model=TINY, messages=HELLO, max_tokens=4)
+        assert refused.value.param == "messages"
+
+
+async def test_a_deterministic_request_repeats_in_half_precision_whatever_else_is_asked(tiny_dir: Path) -> None:
+    half = devices.choose(Settings(device="cpu", precision="bf16"))
+    async with run_gpu(tiny_dir, half, Settings()) as gpu:
+        client = client_of(gpu)
+
+        async def ask(seed: int, deterministic: bool) -> str | None:
+            answer = await client.chat.completions.create(
+                model=TINY,
+                messages=HELLO,
+                max_tokens=24,
+                seed=seed,
+                extra_body={"deterministic": deterministic, "ignore_eos": True},
+            )
+            return answer.choices[0].message.content
+
+        alone = await ask(7, True)
+        asked = [ask(seed, seed == 7) for seed in range(4, 10)]
+        answers = await asyncio.gather(*asked)
+        assert answers[3] == alone
+        assert len(set(answers)) == len(answers)
+
+
+def test_adapters_stay_within_their_budget_and_the_least_recently_used_leave(
+    tiny_dir: Path, cpu: Device, tmp_path: Path
+) -> None:
+    models = Models((f"{TINY}={tiny_dir}",), cpu)
+    base = models.load(TINY)
+    wanted = []
+    for seed in range(3):
+        lora = random_lora(base, seed)
+        meta = AdapterMeta(
+            family="llama",
+            base_model=TINY,
+            base_revision=base.source.revision,
+            layers=[wire.LayerSpec()],
+            lora={
+                name: LoraMeta(rank=pair.a.shape[0], alpha=pair.scale * pair.a.shape[0]) for name, pair in lora.items()
+            },
+            tensors={name: tuple(base.weights[name].shape) for name in lora},
+            hyperparameters=wire.Hyperparameters(),
+            created_at=1.8e9,
+            trained_tokens=1,
+        )
+        save(tmp_path / str(seed), Adapter(meta, {}, lora))
+        files = {path.name: path for path in (tmp_path / str(seed)).iterdir()}
+        wanted.append(AdapterFiles(str(seed), files))
+    worker = Worker(Settings(), cpu, models)
+    first = worker._adapter(wanted[0], base)
+    worker._adapter_budget_bytes = int(2.9 * first.n_bytes)
+    worker._adapter(wanted[1], base)
+    assert worker._adapter(wanted[0], base) is first, "held, and now the one that was used last"
+    worker._adapter_budget_bytes = first.n_bytes + worker._adapters["1"].n_bytes
+    worker._adapter(wanted[2], base)
+    assert "1" not in worker._adapters
+    assert "2" in worker._adapters
+    worker._adapter_budget_bytes = 1
+    worker._adapter(wanted[1], base)
+    assert list(worker._adapters) == ["1"], "one may be larger than the budget, and is used all the same"
