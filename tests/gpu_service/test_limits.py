@@ -7,10 +7,12 @@ from pathlib import Path
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 import wire
+from adapter import AdapterMeta, LoraMeta
 from gpu_service import device as devices
-from gpu_service.artifacts import Adapter, AdapterMeta, LoraMeta, save
+from gpu_service.artifacts import Adapter, save
 from gpu_service.device import Device
 from gpu_service.models import Models
 from gpu_service.settings import Settings
@@ -19,7 +21,7 @@ from tests.conftest import TINY
 from tests.gpu_service.conftest import KEY, Gpu, run_gpu
 from tests.gpu_service.test_rows import random_lora
 
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 
 
 def client_of(gpu: Gpu) -> openai.AsyncOpenAI:
@@ -37,17 +39,17 @@ async def narrow(tiny_dir: Path, cpu: Device) -> AsyncIterator[Gpu]:
 async def test_what_can_never_fit_is_refused_at_once_and_an_answer_without_a_limit_is_cut_to_what_fits(
     narrow: Gpu,
 ) -> None:
-    client = client_of(narrow)
-    with pytest.raises(openai.BadRequestError, match="would take 1 MB, and this gpu has 0 MB") as refused:
-        await client.chat.completions.create(model=TINY, messages=HELLO, max_tokens=400)
-    assert refused.value.code == "does_not_fit"
-    assert refused.value.param == "max_tokens"
-    answer = await client.chat.completions.create(model=TINY, messages=HELLO, temperature=0, logit_bias={"2": -100})
-    assert answer.choices[0].finish_reason == "length"
-    assert answer.usage
-    assert 100 < answer.usage.total_tokens <= 256
-    with pytest.raises(openai.BadRequestError, match="does_not_fit"):
-        await client.chat.completions.create(model=TINY, messages=HELLO, n=8)
+    async with client_of(narrow) as client:
+        with pytest.raises(openai.BadRequestError, match="would take 1 MB, and this gpu has 0 MB") as refused:
+            await client.chat.completions.create(model=TINY, messages=HELLO, max_tokens=400)
+        assert refused.value.code == "does_not_fit"
+        assert refused.value.param == "max_tokens"
+        answer = await client.chat.completions.create(model=TINY, messages=HELLO, temperature=0, logit_bias={"2": -100})
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage
+        assert 100 < answer.usage.total_tokens <= 256
+        with pytest.raises(openai.BadRequestError, match="would take 4 MB"):
+            await client.chat.completions.create(model=TINY, messages=HELLO, n=8)
 
 
 async def test_a_template_that_refuses_the_messages_is_400_in_its_own_words(
@@ -58,16 +60,17 @@ async def test_a_template_that_refuses_the_messages_is_400_in_its_own_words(
     (folder / "chat_template.jinja").write_text(
         "{% if messages[0].role != 'system' %}{{ raise_exception('begin with a system message') }}{% endif %}hello"
     )
-    async with run_gpu(folder, cpu, Settings()) as gpu:
+    async with run_gpu(folder, cpu, Settings()) as gpu, client_of(gpu) as client:
         with pytest.raises(openai.BadRequestError, match="begin with a system message") as refused:
-            await client_of(gpu).chat.completions.create(model=TINY, messages=HELLO, max_tokens=4)
+            await client.chat.completions.create(model=TINY, messages=HELLO, max_tokens=4)
         assert refused.value.param == "messages"
 
 
-async def test_a_deterministic_request_repeats_in_half_precision_whatever_else_is_asked(tiny_dir: Path) -> None:
+async def test_a_deterministic_request_repeats_in_half_precision_whatever_else_is_asked(
+    tiny_dir: Path, tmp_path: Path
+) -> None:
     half = devices.choose(Settings(device="cpu", precision="bf16"))
-    async with run_gpu(tiny_dir, half, Settings()) as gpu:
-        client = client_of(gpu)
+    async with run_gpu(tiny_dir, half, Settings(data_dir=tmp_path)) as gpu, client_of(gpu) as client:
 
         async def ask(seed: int, deterministic: bool) -> str | None:
             answer = await client.chat.completions.create(
