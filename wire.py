@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 PROTOCOL = 2  # raised when a message changes in a way that an older peer can't read
 
@@ -76,12 +76,6 @@ class LayerSpec(Message):
         except (re.error, OverflowError, RecursionError) as exc:
             raise ValueError(f"'{pattern}' is no regular expression: {exc}") from exc
         return pattern
-
-    @model_validator(mode="after")
-    def _scaled(self) -> Self:
-        if self.rslora and self.method == "full":
-            raise ValueError("rslora scales what lora or dora add, and method 'full' adds nothing: leave it out")
-        return self
 
 
 class Hyperparameters(Message):
@@ -171,6 +165,7 @@ class JobSpec(Message):
     validation_file: FileRef | None = None
     sample_prompts: list[SamplePrompt] = Field(default=[], max_length=MAX_SAMPLE_PROMPTS)
     continue_from: TunedModel | None = None  # trained further, with the same base model beneath
+    rate_factor: float = Field(default=1.0, gt=0, le=1)  # of the learning rate: the training diverged and goes on
     checkpoints: list[Checkpoint] = Field(default=[], max_length=8)  # newest first: if one is damaged, the next
 
 

@@ -5,11 +5,12 @@ size classes (256, 512, 1024 ... tokens), one attention call each, and no row pa
 reads its prompt alone, in a cache of its own, and then joins the class that fits; when it leaves, the last of the class
 takes its place, so that a class is always one dense block.
 
-A decoder asks an attention for `positions` and calls its `attend` in every layer. There are three: `Whole` for a
-forward pass without a cache, `Reading` for a prompt, `Decoding` for one token of many rows.
+A decoder asks an attention for `positions` and calls its `attend` in every layer. There are four: `Whole`
+and `Packed` for a forward pass without a cache, `Reading` for a prompt, `Decoding` for one token of many rows.
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +66,27 @@ class Whole:
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
         dropout = self._dropout if torch.is_grad_enabled() else 0.0
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+class Packed:
+    """Rows one behind the other in one sequence, (1, sum of their lengths): each sees itself alone, from position 0.
+
+    The linear maps meet no padding; attention runs row by row.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, dropout: float = 0.0) -> None:
+        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+        self._lengths, self._dropout = list(lengths), dropout
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+        dropout = self._dropout if torch.is_grad_enabled() else 0.0
+        split = [torch.split(x, self._lengths, dim=2) for x in (q, k, v)]
+        parts = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+            for q, k, v in zip(*split, strict=True)
+        ]
+        return torch.cat(parts, dim=2)
 
 
 class RowCache:

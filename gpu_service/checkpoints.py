@@ -21,24 +21,23 @@ import wire
 from gpu_service import plan as plans
 from gpu_service import train
 from gpu_service.artifacts import BlobCache
+from gpu_service.course import Course
 from gpu_service.errors import BadCheckpoint
 from gpu_service.layers import Selection
+from gpu_service.optimizer import Spec
 
 TENSORS, DESCRIPTION = "state.safetensors", "state.json"
 _PLAN = TypeAdapter(plans.Plan)
+_COURSE = TypeAdapter(Course)
 
 
 class Description(wire.Message):
     """state.json: whose state it is, and everything of it that is no tensor."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     job: wire.Sha256  # `job_hash` of the job that it belongs to
     plan: dict[str, Any]  # plans.Plan
-    step: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    validations: int = Field(ge=0)
-    train_loss: float | None = Field(allow_inf_nan=False)
-    valid_loss: float | None = Field(allow_inf_nan=False)
+    course: dict[str, Any]  # course.Course
     scaler: dict[str, float]
     elapsed_s: float = Field(ge=0, allow_inf_nan=False)  # spent on training so far, wherever
     made_on: str
@@ -58,8 +57,8 @@ class Stored:
 
 
 def job_hash(spec: wire.JobSpec, revision: str) -> str:
-    """What must be the same for a state to be this job's: all of its spec, and the base model's revision."""
-    told = spec.model_dump(mode="json", exclude={"checkpoints"})
+    """What must be the same for a state to be this job's: its spec, and the base model's revision."""
+    told = spec.model_dump(mode="json", exclude={"checkpoints", "rate_factor"})
     return hashlib.sha256(json.dumps([told, revision], sort_keys=True).encode()).hexdigest()
 
 
@@ -70,11 +69,7 @@ def save(cache: BlobCache, job: str, stored: Stored) -> wire.Checkpoint:
     description = Description(
         job=job,
         plan=asdict(plan),
-        step=state.step,
-        tokens=state.tokens,
-        validations=state.validations,
-        train_loss=state.train_loss,
-        valid_loss=state.valid_loss,
+        course=state.course.told(),
         scaler=state.scaler,
         elapsed_s=stored.elapsed_s,
         made_on=stored.made_on,
@@ -82,9 +77,9 @@ def save(cache: BlobCache, job: str, stored: Stored) -> wire.Checkpoint:
         tensors=wire.FileRef(name=TENSORS, sha256=tensors.sha256, bytes=tensors.bytes),
     )
     return wire.Checkpoint(
-        step=state.step,
+        step=state.course.step,
         total_steps=plan.total_steps,
-        validation_loss=state.valid_loss,
+        validation_loss=state.course.valid_loss,
         made_on=stored.made_on,
         files=[tensors, _cut(cache, DESCRIPTION, description.model_dump_json().encode())],
     )
@@ -110,7 +105,7 @@ def load(checkpoint: wire.Checkpoint, chunk: Callable[[wire.ChunkRef], Path], jo
         raise BadCheckpoint(f"it lacks {', '.join(sorted(missing))}")
     try:
         told = Description.model_validate_json(_joined(files[DESCRIPTION], chunk))
-        plan = _PLAN.validate_python(told.plan)
+        plan, course = _PLAN.validate_python(told.plan), _COURSE.validate_python(told.course)
     except ValidationError as exc:
         message, _ = wire.validation_message([dict(error) for error in exc.errors()])
         raise BadCheckpoint(f"{DESCRIPTION} can't be used: {message}") from exc
@@ -118,17 +113,16 @@ def load(checkpoint: wire.Checkpoint, chunk: Callable[[wire.ChunkRef], Path], jo
         raise BadCheckpoint("it is of another job, or of another revision of the base model")
     if told.tensors.sha256 != files[TENSORS].sha256:
         raise BadCheckpoint(f"{TENSORS} is not the file that {DESCRIPTION} was written for")
-    if told.step != checkpoint.step or not 0 <= told.step <= plan.total_steps:
-        raise BadCheckpoint(f"it is of step {told.step}, and not of step {checkpoint.step}")
+    if not course.is_sound():
+        raise BadCheckpoint(f"{DESCRIPTION} has counts or losses that can't be")
+    if course.step != checkpoint.step or course.step > plan.total_steps:
+        raise BadCheckpoint(f"it is of step {course.step}, and not of step {checkpoint.step}")
     try:
         tensors = safetensors.torch.load(_joined(files[TENSORS], chunk))
     except (safetensors.SafetensorError, KeyError, ValueError) as exc:
         raise BadCheckpoint(f"{TENSORS} is no safetensors file: {exc}") from exc
-    _check(tensors, selection)
-    state = train.State(
-        told.step, told.tokens, told.validations, told.train_loss, told.valid_loss, told.scaler, tensors
-    )
-    return Stored(state, plan, told.elapsed_s, told.made_on, told.made_at)
+    _check(tensors, train.state_specs(selection, plan))
+    return Stored(train.State(course, told.scaler, tensors), plan, told.elapsed_s, told.made_on, told.made_at)
 
 
 def _joined(file: wire.ChunkedFile, chunk: Callable[[wire.ChunkRef], Path]) -> bytes:
@@ -144,18 +138,18 @@ def _joined(file: wire.ChunkedFile, chunk: Callable[[wire.ChunkRef], Path]) -> b
     return content
 
 
-def _check(tensors: dict[str, torch.Tensor], selection: Selection) -> None:
-    shapes = train.state_shapes(selection)
+def _check(tensors: dict[str, torch.Tensor], specs: dict[str, Spec]) -> None:
     random = {train.CPU_RANDOM: torch.get_rng_state().shape}
-    if odd := (tensors.keys() ^ {*shapes, *random}) - {train.CUDA_RANDOM}:
+    if odd := (tensors.keys() ^ {*specs, *random}) - {train.CUDA_RANDOM}:
         raise BadCheckpoint(f"{TENSORS} and this job disagree about {min(odd)} ({len(odd)} in all)")
     for key, tensor in tensors.items():
         if key in (train.CPU_RANDOM, train.CUDA_RANDOM):
             if tensor.dtype != torch.uint8 or tensor.shape != random.get(key, tensor.shape):
                 raise BadCheckpoint(f"{key} is no state of a random generator")
             continue
-        if tuple(tensor.shape) != shapes[key] or tensor.dtype != torch.float32:
-            raise BadCheckpoint(f"{key} is {tensor.dtype} {list(tensor.shape)}, not float32 {list(shapes[key])}")
+        shape, dtype = specs[key]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise BadCheckpoint(f"{key} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
         if not bool(tensor.isfinite().all()):
             raise BadCheckpoint(f"{key} has values that are no finite numbers")
 

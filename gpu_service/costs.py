@@ -36,6 +36,8 @@ def estimate(
     base_weights_bytes: int,
     rows: int,
     tokens: int,
+    checkpointing: bool = False,
+    moments_bytes_per_param: int = 8,
 ) -> Estimate:
     """What a micro-batch of `rows` x `tokens` needs. An upper bound in its activations.
 
@@ -48,11 +50,14 @@ def estimate(
     n = selection.n_trainable
     per_layer = (8 * hidden_size + 4 * intermediate_size) * base_bytes_per_param + 4 * n_heads
     layers = n_layers - selection.lowest_layer
+    kept = layers * per_layer
+    if checkpointing:  # each layer keeps its input, and one at a time is computed again
+        kept = layers * hidden_size * base_bytes_per_param + (per_layer if layers else 0)
     return Estimate(
         weights_bytes=base_weights_bytes,
         gradients_bytes=4 * n,
-        optimizer_bytes=8 * n,
-        activations_bytes=rows * tokens * (layers * per_layer + 8 * vocab_size),
+        optimizer_bytes=moments_bytes_per_param * n,
+        activations_bytes=rows * tokens * (kept + 8 * vocab_size),
         adapter_bytes=4 * n,
     )
 

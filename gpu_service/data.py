@@ -252,7 +252,21 @@ class Batch:
 
     ids: torch.Tensor  # (B, T) int64
     learn: torch.Tensor  # (B, T) bool: the token is a label for the position before it
-    lengths: torch.Tensor  # (B,) int64
+    lengths: torch.Tensor  # (B,) int64; of the rows, where several stand in one sequence
+
+    @property
+    def is_packed(self) -> bool:
+        return len(self.lengths) > len(self.ids)
+
+    def packed(self) -> "Batch":
+        """The same rows one behind the other, (1, sum of lengths). A row's first token is no label, so no row's end
+        is asked for the beginning of the next."""
+        return Batch(self.pack(self.ids), self.pack(self.learn), self.lengths)
+
+    def pack(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) -> (1, sum of lengths, ...), of a batch whose rows stand apart."""
+        here = torch.arange(self.ids.shape[1]) < self.lengths[:, None]
+        return x[here.to(x.device)][None]
 
 
 class TokenStore:
@@ -308,6 +322,10 @@ class TokenStore:
         for at in range(0, len(self._tokens), CONTENT_TOKENS):
             digest.update(self._tokens[at : at + CONTENT_TOKENS].tobytes())
         return digest.hexdigest()
+
+    def learned(self, rows: Sequence[int]) -> int:
+        """Labels in these rows."""
+        return sum(int(self._learn[self._offsets[r] : self._offsets[r + 1]].sum()) for r in rows)
 
     def batch(self, rows: Sequence[int], pad_id: int) -> Batch:
         """These rows, in this order; T is the longest of them."""

@@ -42,6 +42,12 @@ class Device:
             return int(torch.cuda.mem_get_info(self.torch)[0] + held)  # what torch keeps for itself is free for us
         return int(psutil.virtual_memory().available)
 
+    def used_bytes(self) -> int:
+        """By this process."""
+        if self.torch.type == "cuda":
+            return int(torch.cuda.memory_allocated(self.torch))
+        return int(psutil.Process().memory_info().rss)
+
     def wire(self) -> wire.Device:
         kind = self.torch.type
         assert kind in ("cpu", "cuda", "mps")

@@ -180,6 +180,10 @@ class Lease:
         """At the next step."""
         self._due = 0.0
 
+    def skip(self) -> None:
+        """What was wanted is not to be kept: another in time."""
+        self._due = time.monotonic() + self._often.next_s(0.0)
+
     def take(self, stored: Stored) -> None:
         self._waiting = stored
         self._idle.clear()

@@ -81,7 +81,16 @@ class Source:
         """In memory."""
         return weights_bytes(self.tensors, quantize, bytes_per_param)
 
-    def cost(self, selection: Selection, rows: int, tokens: int, bytes_per_param: int) -> Estimate:
+    def cost(
+        self,
+        selection: Selection,
+        rows: int,
+        tokens: int,
+        bytes_per_param: int,
+        *,
+        checkpointing: bool = False,
+        moments_bytes_per_param: int = 8,
+    ) -> Estimate:
         """What training `selection` takes in memory, with micro-batches of `rows` x `tokens`."""
         return estimate(
             selection,
@@ -96,6 +105,8 @@ class Source:
             base_weights_bytes=self.weights_bytes(selection.quantize, bytes_per_param),
             rows=rows,
             tokens=tokens,
+            checkpointing=checkpointing,
+            moments_bytes_per_param=moments_bytes_per_param,
         )
 
 

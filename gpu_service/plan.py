@@ -5,11 +5,14 @@ Knows sizes: of the data, of the model, of free memory. It knows nothing of the 
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import wire
-from gpu_service.data import TokenStore
+from gpu_service.costs import Estimate
+from gpu_service.data import TokenStore, epoch_order
 from gpu_service.device import Device
-from gpu_service.errors import BadRequest, NotYet
+from gpu_service.errors import BadRequest
 from gpu_service.layers import Selection
 from gpu_service.models import Source
 
@@ -17,26 +20,19 @@ MICRO_BATCH_TOKENS = 1024  # of one slice on the CPU: about a second, which chat
 MICRO_BATCH_TOKENS_GPU = 8192
 FREE_SHARE = 0.6  # of the free memory, for activations; the rest is for chat and for what estimates miss
 LEARNING_RATES = {"lora": 2e-4, "full": 5e-5}
-WARMUP_SHARE = 0.1  # of all steps, then linear to zero
+WEIGHT_DECAYS = {"lora": 0.0, "full": 0.01}
+WARMUP_RATIO = 0.1
+MAX_GRADIENT_NORM = 1.0
 AIMED_STEPS = 150  # of "auto" epochs
 DEFAULT_MAX_LENGTH_TOKENS = 1024
-UNBUILT = (
-    "optimizer",
-    "weight_decay",
-    "max_gradient_norm",
-    "schedule",
-    "warmup_ratio",
-    "activation_checkpointing",
-    "packing",
-    "early_stop_patience",
-    "train_on",
-    "samples_every_steps",
-)
+WORTH_PACKING = 0.1  # of all positions that would be padding
+PADDING_ROWS = 10_000  # looked at for that
+MOMENTS_BYTES = {"adamw": 8, "adamw_8bit": 2}  # of a trained number
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Hyperparameters with every "auto" resolved. Fixed at the start: changing one would change the result."""
+    """Fixed at the start: changing anything would change the result. Only the probe may lower `micro_rows`."""
 
     n_epochs: int
     batch_rows: int
@@ -46,6 +42,17 @@ class Plan:
     max_length_tokens: int
     steps_per_epoch: int
     warmup_steps: int
+    warmup_ratio: float = WARMUP_RATIO
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    weight_decay: float = 0.0
+    max_gradient_norm: float = MAX_GRADIENT_NORM  # 0: not clipped
+    activation_checkpointing: bool = False
+    packing: bool = False
+    early_stop_patience: int = 0
+    train_on: Literal["completions", "all"] = "completions"
+    samples_every_steps: int = 0  # 0: before and after only
+    rate_factor: float = 1.0  # of a run that diverged and goes on
     prefix_cache: bool | None = None  # None: what is measured before the first step decides
     stream_layers: bool = False
 
@@ -61,15 +68,29 @@ class Plan:
             learning_rate=self.learning_rate / self.multiplier,
             max_length_tokens=self.max_length_tokens,
             micro_batch_rows=self.micro_rows,
+            schedule=self.schedule,
+            warmup_ratio=self.warmup_ratio,
+            optimizer=self.optimizer,
+            weight_decay=self.weight_decay,
+            max_gradient_norm=self.max_gradient_norm,
+            activation_checkpointing=self.activation_checkpointing,
+            packing=self.packing,
+            early_stop_patience=self.early_stop_patience,
+            train_on=self.train_on,
+            samples_every_steps=self.samples_every_steps or self.total_steps,
             prefix_cache="auto" if self.prefix_cache is None else self.prefix_cache,
             stream_layers=self.stream_layers,
         )
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, from 0: linear warm-up, then linear to zero at the end."""
+        """Learning rate of a step, from 0: linear warm-up, then by the schedule, which falls to zero or stays."""
+        peak = self.learning_rate * self.rate_factor
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        return self.learning_rate * (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps)
+            return peak * (step + 1) / self.warmup_steps
+        left = (self.total_steps - step) / max(1, self.total_steps - self.warmup_steps)
+        if self.schedule == "cosine":
+            return peak * 0.5 * (1 - math.cos(math.pi * left))
+        return peak * (left if self.schedule == "linear" else 1.0)
 
 
 def max_length(wanted: int | wire.Auto, source: Source) -> int:
@@ -84,6 +105,10 @@ def max_length(wanted: int | wire.Auto, source: Source) -> int:
     return wanted
 
 
+def train_on(wanted: wire.Hyperparameters) -> Literal["completions", "all"]:
+    return "completions" if wanted.train_on == "auto" else wanted.train_on
+
+
 def resolve(
     wanted: wire.Hyperparameters,
     source: Source,
@@ -92,18 +117,31 @@ def resolve(
     length: int,
     device: Device,
     *,
+    seed: int = 0,
+    samples: bool = False,
+    validates: bool = True,
     fits: bool = True,
 ) -> Plan:
     """Sensible values for whatever is "auto", from the data set's size, the method and the free memory.
 
-    `fits`: the whole model is in memory, or could be. Raises BadRequest for what contradicts itself.
+    `validates`: there is a validation file. `fits`: the whole model is in memory, or could be. Raises BadRequest for
+    what contradicts itself.
     """
+    patience = 0 if wanted.early_stop_patience == "auto" else wanted.early_stop_patience
+    if patience and not validates:
+        raise BadRequest(
+            "early_stop_patience counts validations: give a validation_file too, or leave it out.",
+            param="hyperparameters",
+        )
     batch, epochs = batch_rows(wanted, len(store)), n_epochs(wanted, len(store))
     steps = math.ceil(len(store) / batch)
-    micro = micro_rows(wanted, source, selection, batch, store.report.longest, device)
+    kind = "full" if selection.full else "lora"
     multiplier = 1.0 if wanted.learning_rate_multiplier == "auto" else wanted.learning_rate_multiplier
-    base_rate = LEARNING_RATES["full" if selection.full else "lora"]
-    rate = base_rate if wanted.learning_rate == "auto" else wanted.learning_rate
+    rate = LEARNING_RATES[kind] if wanted.learning_rate == "auto" else wanted.learning_rate
+    warmup = WARMUP_RATIO if wanted.warmup_ratio == "auto" else wanted.warmup_ratio
+    memory = Memory(source, selection, device, store.report.longest, wanted)
+    micro = micro_rows(wanted, source, selection, batch, store.report.longest, device)
+    every = wanted.samples_every_steps
     return Plan(
         n_epochs=epochs,
         batch_rows=batch,
@@ -112,7 +150,17 @@ def resolve(
         multiplier=multiplier,
         max_length_tokens=length,
         steps_per_epoch=steps,
-        warmup_steps=max(1, round(WARMUP_SHARE * epochs * steps)),
+        warmup_ratio=warmup,
+        warmup_steps=max(1, round(warmup * epochs * steps)) if warmup else 0,
+        schedule="linear" if wanted.schedule == "auto" else wanted.schedule,
+        optimizer=memory.optimizer,
+        weight_decay=WEIGHT_DECAYS[kind] if wanted.weight_decay == "auto" else wanted.weight_decay,
+        max_gradient_norm=MAX_GRADIENT_NORM if wanted.max_gradient_norm == "auto" else wanted.max_gradient_norm,
+        activation_checkpointing=memory.checkpointing(micro),
+        packing=_padding(store, seed, batch, micro) > WORTH_PACKING if wanted.packing == "auto" else wanted.packing,
+        early_stop_patience=patience,
+        train_on=train_on(wanted),
+        samples_every_steps=(steps if samples else 0) if every == "auto" else every,
         prefix_cache=_prefix_cache(wanted, selection),
         stream_layers=_stream_layers(wanted, selection, fits),
     )
@@ -154,6 +202,42 @@ def n_epochs(wanted: wire.Hyperparameters, rows: int) -> int:
     return min(10, max(1, round(AIMED_STEPS / steps))) if wanted.n_epochs == "auto" else wanted.n_epochs
 
 
+class Memory:
+    """What a selection's training needs of the free memory, and what that decides."""
+
+    def __init__(
+        self, source: Source, selection: Selection, device: Device, longest: int, wanted: wire.Hyperparameters
+    ) -> None:
+        self._wanted, self._longest = wanted, longest
+        self._usable = int(FREE_SHARE * device.free_bytes())
+        self._cost = partial(source.cost, selection, tokens=longest, bytes_per_param=device.precision.dtype.itemsize)
+
+    @property
+    def optimizer(self) -> Literal["adamw", "adamw_8bit"]:
+        """8 bits where the plain one's numbers alone would not fit."""
+        if self._wanted.optimizer != "auto":
+            return self._wanted.optimizer
+        return "adamw" if _fixed(self._cost(rows=1)) <= self._usable else "adamw_8bit"
+
+    def checkpointing(self, rows: int) -> bool:
+        """Where the activations of a micro-batch would not fit without."""
+        if self._wanted.activation_checkpointing != "auto":
+            return self._wanted.activation_checkpointing
+        cost = self._cost(rows=rows, moments_bytes_per_param=MOMENTS_BYTES[self.optimizer])
+        return cost.activations_bytes > self._usable - _fixed(cost)
+
+    def rows(self) -> int:
+        """Of a micro-batch, as many as fit."""
+        checkpointing = self._wanted.activation_checkpointing is True
+        moments = MOMENTS_BYTES[self.optimizer]
+        a_row = self._cost(rows=1, checkpointing=checkpointing, moments_bytes_per_param=moments)
+        return int(self._usable - _fixed(a_row)) // a_row.activations_bytes
+
+
+def _fixed(cost: Estimate) -> int:
+    return cost.gradients_bytes + cost.optimizer_bytes + cost.adapter_bytes
+
+
 def micro_rows(
     wanted: wire.Hyperparameters, source: Source, selection: Selection, batch: int, longest: int, device: Device
 ) -> int:
@@ -161,17 +245,13 @@ def micro_rows(
     if wanted.micro_batch_rows != "auto":
         return min(batch, wanted.micro_batch_rows)
     by_time = (MICRO_BATCH_TOKENS if device.torch.type == "cpu" else MICRO_BATCH_TOKENS_GPU) // longest
-    a_row = source.cost(selection, 1, longest, device.precision.dtype.itemsize)
-    fixed = a_row.gradients_bytes + a_row.optimizer_bytes + a_row.adapter_bytes
-    by_memory = int(FREE_SHARE * (device.free_bytes() - fixed)) // a_row.activations_bytes
-    return max(1, min(batch, by_time, by_memory))
+    return max(1, min(batch, by_time, Memory(source, selection, device, longest, wanted).rows()))
 
 
-def refuse_unbuilt(spec: wire.JobSpec) -> None:
-    """Raises NotYet for what this version accepts and does not carry out."""
-    if asked := [name for name in UNBUILT if getattr(spec.hyperparameters, name) != "auto"]:
-        raise NotYet(f"{asked[0]} is not built yet: leave it out, or say auto.", param="hyperparameters")
-    if spec.sample_prompts:
-        raise NotYet("sample_prompts are not built yet: leave them out.", param="sample_prompts")
-    if spec.continue_from:
-        raise NotYet("Training on top of a tuned model is not built yet: use its base.", param="model")
+def _padding(store: TokenStore, seed: int, batch: int, micro: int) -> float:
+    """Share of all positions of the first epoch that hold padding where each micro-batch is as wide as its longest."""
+    lengths = store.lengths[epoch_order(len(store), seed, 0)[:PADDING_ROWS]]
+    whole = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
+    micros = [rows[i : i + micro] for rows in whole for i in range(0, len(rows), micro)]
+    positions = sum(len(rows) * int(rows.max()) for rows in micros)
+    return 1 - int(lengths.sum()) / positions

@@ -14,13 +14,14 @@ from gpu_service import decoder as decoders
 from gpu_service import prefix, train
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device
-from gpu_service.errors import OutOfMemory
+from gpu_service.errors import BadRequest, OutOfMemory
 from gpu_service.layers import TensorInfo
 from gpu_service.models import Base, Source, read_base
 from gpu_service.prefix import Chosen, Prefixes, Shelf, Stages, Wanted, Working
+from gpu_service.probe import Ready
 from gpu_service.rows import Rows
 
-Report = Chosen | Working | train.Progress | train.State | train.Trained
+Report = Ready | Chosen | Working | train.Progress | train.State | train.Trained
 GROUP_SHARE = 0.25  # of the free memory, for hidden states on their way through streamed layers
 
 
@@ -60,7 +61,10 @@ def _beside(
 ) -> Generator[Chosen | Working, None, Prefixes]:
     sets, plan = data_sets(job, device), job.plan
     stages = prefix.resident(Rows(base.weights, quantized=base.quantized), job.selection.lowest_layer)
-    chosen = yield from prefix.choose(shelf, sets, plan.n_epochs, plan.prefix_cache, decoder, stages)
+    if _begins_below(job):
+        chosen = Chosen(False, "the tuned model that it begins at changes the frozen layers")
+    else:
+        chosen = yield from prefix.choose(shelf, sets, plan.n_epochs, plan.prefix_cache, decoder, stages)
     found = []
     if chosen.cached:
         try:
@@ -76,6 +80,12 @@ def _streamed(
     job: train.Job, decoder: Decoder, device: Device, shelf: Shelf
 ) -> Generator[Chosen | Working, None, Prefixes]:
     """Raises OutOfMemory where the disk can't hold what the memory shall not."""
+    if _begins_below(job):
+        raise BadRequest(
+            "The tuned model that the job begins at changes layers below the lowest that is trained, and streamed "
+            "layers are the base model's: train from the lowest of those upwards, or set stream_layers to false.",
+            param="hyperparameters",
+        )
     sets = data_sets(job, device)
     try:
         if obstacle := shelf.room(sets):
@@ -89,6 +99,13 @@ def _streamed(
         raise OutOfMemory(_no_room(f"the disk refuses: {exc.strerror or exc}")) from exc
     yield Chosen(True, "the layers are streamed: what the frozen ones put out is all that is kept of them")
     return Prefixes(*found)
+
+
+def _begins_below(job: train.Job) -> bool:
+    """Whether an earlier fine-tune changes what is frozen here: the base's own prefix is not this run's then."""
+    cut, changed = job.selection.lowest_layer, job.begin.meta.tensors if job.begin else {}
+    below = (t for t in job.source.tensors if t.belongs_to("embed") or (t.layer is not None and t.layer < cut))
+    return any(t.name in changed for t in below)
 
 
 def _no_room(obstacle: str) -> str:

@@ -136,6 +136,8 @@ class Rows:
 
     def _whole(self, name: str) -> Tensor:
         """A frozen matrix, unpacked."""
+        if name in self._full:
+            return self.weight(name)
         return self._quantized[name].whole() if name in self._quantized else self._weights[name]
 
     def rms_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:

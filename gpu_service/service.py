@@ -30,10 +30,11 @@ from gpu_service.dialout import DialOut
 from gpu_service.errors import GpuError, RelayUnavailable
 from gpu_service.gate import Gate
 from gpu_service.hub import Download
-from gpu_service.job import Jobs, JobView
+from gpu_service.job import Jobs
 from gpu_service.lease import Often
 from gpu_service.link import Link, NotEnrolled
 from gpu_service.models import Models
+from gpu_service.reporter import JobView
 from gpu_service.settings import BadSetting, Settings, one_tokenizing_thread
 from gpu_service.tunnel import Kept, Tunnel
 from gpu_service.worker import AdapterFiles, Worker

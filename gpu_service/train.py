@@ -7,15 +7,20 @@ on serving beside it, unchanged.
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gpu_service.cache import Whole
+from adapter import LoraMeta
+from gpu_service import optimizer as optimizers
+from gpu_service import trainable
+from gpu_service.artifacts import Adapter
+from gpu_service.cache import Attention, Packed, Whole
+from gpu_service.course import EXPLODED, Course
 from gpu_service.data import Batch, TokenStore, epoch_order
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device
@@ -23,12 +28,14 @@ from gpu_service.errors import BadRequest
 from gpu_service.layers import Selection
 from gpu_service.lora import Lora
 from gpu_service.models import Base, Source
-from gpu_service.plan import Plan
-from gpu_service.prefix import Prefixes
+from gpu_service.optimizer import Optimizer
+from gpu_service.plan import MOMENTS_BYTES, Plan
+from gpu_service.prefix import Prefix, Prefixes
+from gpu_service.probe import Ready, fit
 from gpu_service.rows import Rows
+from gpu_service.samples import Prompt, answers
 
 LOSS_CHUNK_TOKENS = 1024  # labelled tokens whose logits are held at once: (1024, 49152) fp32 is 200 MB
-MAX_GRADIENT_NORM = 1.0
 
 
 class Diverged(BadRequest):
@@ -45,11 +52,13 @@ class Job:
     store: TokenStore
     validation: TokenStore | None
     seed: int
+    prompts: tuple[Prompt, ...] = ()
+    begin: Adapter | None = None  # of the tuned model that is trained further, on the CPU
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After one micro-batch. `train_loss` only after an optimizer step; `valid_loss` at the end of an epoch."""
+    """After a slice. `train_loss` only after an optimizer step; `valid_loss` and `answers` once those are whole."""
 
     step: int  # optimizer steps done
     tokens: int  # seen so far, padding not counted
@@ -57,29 +66,34 @@ class Progress:
     gradient_norm: float | None = None
     learning_rate: float | None = None
     valid_loss: float | None = None
+    answers: tuple[str, ...] | None = None  # to the job's prompts
+    ended_early: bool = False  # said with the validation that ends it
 
 
 @dataclass(frozen=True)
 class State:
     """A run between two optimizer steps, copied to the CPU: all that `run` needs to go on from there, plan apart."""
 
-    step: int  # optimizer steps done; with the seed it says which rows come next
-    tokens: int
-    validations: int  # run so far: one is due after each epoch, and may still be when `step` is at its end
-    train_loss: float | None
-    valid_loss: float | None
+    course: Course
     scaler: dict[str, float]  # of the gradients; empty without one
-    tensors: dict[str, Tensor]  # weights, moments and optimizer steps of what is trained, and the random states
+    tensors: dict[str, Tensor]  # weights, best weights, the optimizer's state, and the random states
     copy_s: float = 0.0  # that the run stood still for it
+
+    @property
+    def step(self) -> int:
+        return self.course.step
 
 
 @dataclass(frozen=True)
 class Trained:
-    """On the CPU, in fp32."""
+    """On the CPU, in fp32, relative to the base model alone."""
 
     full: dict[str, Tensor]
     lora: dict[str, Lora]
     tokens: int
+    meta: dict[str, LoraMeta] = field(default_factory=dict)
+    changes: dict[str, tuple[float, float]] = field(default_factory=dict)  # norms: how far it moved, what it was
+    course: Course = field(default_factory=Course)
 
 
 def run(
@@ -91,154 +105,204 @@ def run(
     prefix: Prefixes = Prefixes(),  # noqa: B008
     start: State | None = None,
     wanted: Callable[[], bool] = lambda: False,
-) -> Iterator[Progress | State | Trained]:
+) -> Iterator[Ready | Progress | State | Trained]:
     """Train, one micro-batch per `next`; the last thing yielded is what came of it.
 
     From `start` it goes on as if it had never stopped: on the same kind of device and in the same precision bit for
     bit. Between two optimizer steps, and between the slices of a validation, `wanted` is asked; where it says yes the
-    state follows. Raises Diverged when the loss is no longer a number.
+    state follows. `Ready` comes before the first step, and its plan is the one that holds. Raises Diverged when the
+    loss is no longer a number, or has risen out of reach.
     """
     torch.manual_seed(job.seed)
     plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
-    full, lora = trainable(job.selection, base, job.seed)
-    named = _named(full, lora)
+    earlier = trainable.on_device(job.begin, base.device) if job.begin else None
+    trained = trainable.build(job.selection, base, job.seed, earlier)
+    named = trained.named
     parameters = list(named.values())
+    full, lora = trainable.weights(trained)
     rows = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora], dropout=True)
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0, fused=True)
+    geometry = decoder.geometry(device.precision.dtype, device.torch)
+    optimizer = Optimizer(plan, named)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
-    step = tokens = validations = 0
+    best = {name: p.detach().clone() for name, p in named.items()} if plan.early_stop_patience else {}
+    course = Course()
     order: list[int] = []
-    train_loss: float | None = None
-    valid_loss: float | None = None
-    if start:
-        _restore(start, named, optimizer, scaler)
-        step, tokens, validations = start.step, start.tokens, start.validations
-        train_loss, valid_loss = start.train_loss, start.valid_loss
+
+    def loss_of(data: TokenStore, micro: Sequence[int], known: Prefix | None) -> tuple[Tensor, Batch]:
+        batch, below = data.batch(micro, pad_id=0), known.hidden(micro) if known else None
+        if plan.packing:
+            below = None if below is None else batch.pack(below)
+            batch = batch.packed()
+        again = plan.activation_checkpointing
+        return summed_loss(decoder, rows, batch, lowest, device, below=below, checkpointing=again), batch
 
     def state() -> State:
         began = time.perf_counter()
-        tensors = _captured(named, optimizer)
-        copy_s = time.perf_counter() - began
-        return State(step, tokens, validations, train_loss, valid_loss, scaler.state_dict(), tensors, copy_s)
+        tensors = _captured(named, best, optimizer)
+        return State(course.copy(), scaler.state_dict(), tensors, time.perf_counter() - began)
 
-    while True:
+    def sampled() -> Generator[Progress | State, None, None]:
+        found = answers(decoder, rows, job.prompts, job.source, geometry)
+        while True:
+            try:
+                next(found)
+            except StopIteration as over:
+                course.answered(over.value)
+                break
+            yield Progress(course.step, course.tokens)
+            if wanted():
+                yield state()  # as before the answers, which are then begun again
+        yield Progress(course.step, course.tokens, answers=tuple(course.last_answers))
+
+    if start:
+        _restore(start, named, best, optimizer, scaler)
+        course = start.course.copy()
+    else:
+        # Discarded: no step is taken, and the random state is what it was.
+        longest = store.lengths.argsort(kind="stable")[::-1].tolist()
+
+        def attempt(micro: int) -> None:
+            moments = [torch.empty_like(p) for p in parameters for _ in range(MOMENTS_BYTES[plan.optimizer] // 4)]
+            loss_of(store, longest[:micro], prefix.training)[0].backward()  # type: ignore[no-untyped-call]
+            del moments
+            for parameter in parameters:
+                parameter.grad = None
+
+        def needs_bytes(micro: int) -> int:
+            cost = job.source.cost(
+                job.selection,
+                micro,
+                store.report.longest,
+                device.precision.dtype.itemsize,
+                checkpointing=plan.activation_checkpointing,
+                moments_bytes_per_param=MOMENTS_BYTES[plan.optimizer],
+            )
+            return cost.activations_bytes + cost.gradients_bytes + cost.optimizer_bytes
+
+        trying = fit(plan, attempt, needs_bytes, device)
+        while True:
+            try:
+                next(trying)
+            except StopIteration as over:
+                ready: Ready = over.value
+                break
+            for parameter in parameters:
+                parameter.grad = None
+            yield Progress(0, 0)
+        plan = ready.plan
+        yield ready
+
+    while not course.ended_early:
+        step = course.step
         epoch, index_in_epoch = divmod(step, plan.steps_per_epoch)
-        if job.validation and validations < epoch:
+        if job.validation and course.validations <= epoch:
             total_loss = 0.0
             for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
-                below = prefix.validation.hidden(micro) if prefix.validation else None
                 with torch.no_grad():
-                    batch = job.validation.batch(micro, pad_id=0)
-                    loss = summed_loss(decoder, rows, batch, lowest, device, below=below)
+                    loss, _ = loss_of(job.validation, micro, prefix.validation)
                 total_loss += loss.item() / job.validation.report.learned_tokens
-                yield Progress(step, tokens)
+                yield Progress(step, course.tokens)
                 if wanted():
                     yield state()  # as before the validation, which is then run as a whole
             if not math.isfinite(total_loss):
-                raise _diverged(total_loss, step, plan)
-            valid_loss, validations = total_loss, epoch
-            yield Progress(step, tokens, valid_loss=valid_loss)
+                raise _diverged(f"The validation loss is {total_loss}", step, plan)
+            if course.validate(total_loss, plan.early_stop_patience):
+                for name, tensor in best.items():
+                    tensor.copy_(named[name].detach())
+            yield Progress(step, course.tokens, valid_loss=total_loss, ended_early=course.ended_early)
             if wanted():
                 yield state()
+            continue
+        if job.prompts and course.sampled_at != step and _samples_are_due(plan, step):
+            yield from sampled()
         if step == plan.total_steps:
             break
         if index_in_epoch == 0 or not order:
             order = epoch_order(len(store), job.seed, epoch)
-        batch_rows = order[index_in_epoch * plan.batch_rows :][: plan.batch_rows]
-        micros = _cut(batch_rows, plan.micro_rows)
-        batches = [store.batch(micro, pad_id=0) for micro in micros]
+        micros = _cut(order[index_in_epoch * plan.batch_rows :][: plan.batch_rows], plan.micro_rows)
         # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
-        learned = sum(int(batch.learn.sum()) for batch in batches)
+        learned = store.learned([row for micro in micros for row in micro])
         total_loss = 0.0
-        for index, batch in enumerate(batches):
-            below = prefix.training.hidden(micros[index]) if prefix.training else None
-            loss = summed_loss(decoder, rows, batch, lowest, device, below=below) / learned
+        for index, micro in enumerate(micros):
+            loss, batch = loss_of(store, micro, prefix.training)
+            loss = loss / learned
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total_loss += loss.item()
-            tokens += int(batch.lengths.sum())
-            if index + 1 < len(batches):
-                yield Progress(step, tokens)
+            course.tokens += int(batch.lengths.sum())
+            if index + 1 < len(micros):
+                yield Progress(step, course.tokens)
         if not math.isfinite(total_loss):
-            raise _diverged(total_loss, step + 1, plan)
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
-        scaler.unscale_(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM))
-        scaler.step(optimizer)
+            raise _diverged(f"The loss is {total_loss}", step + 1, plan)
+        optimizer.set_rate(plan.rate(step))
+        scaler.unscale_(optimizer.torch)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, plan.max_gradient_norm or math.inf))
+        if not math.isfinite(norm) and not device.precision.scaler:  # with one, such a step is left out
+            raise _diverged(f"The gradient's norm is {norm}", step + 1, plan)
+        scaler.step(optimizer.torch)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step, train_loss = step + 1, total_loss
-        yield Progress(step, tokens, total_loss, norm, plan.rate(step - 1))
+        optimizer.torch.zero_grad(set_to_none=True)
+        course.stepped(total_loss, plan.rate(step), norm if math.isfinite(norm) else 0.0)
+        if course.has_exploded:
+            raise _diverged(f"The loss has risen by more than {EXPLODED:g}, to {total_loss:.3g},", step + 1, plan)
+        yield Progress(step + 1, course.tokens, total_loss, norm, plan.rate(step))
         if wanted():
             yield state()
 
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise _diverged(float("nan"), step, plan)
-    yield Trained(
-        {name: tensor.detach().cpu() for name, tensor in full.items()},
-        {name: pair.on_cpu() for name, pair in lora.items()},
-        tokens,
-    )
+        raise _diverged("A weight is no number", course.step, plan)
+    if course.best_loss is not None:
+        with torch.no_grad():
+            for name, tensor in best.items():
+                named[name].copy_(tensor)
+    if job.prompts and best:
+        yield from sampled()  # of the weights that are kept
+    changes = {}
+    for name in [*trained.full, *trained.lora]:
+        changes[name] = trainable.change(name, base, trained, earlier)
+        yield Progress(course.step, course.tokens)
+    found = trainable.result(job.selection, trained, base, earlier)
+    yield Trained(found.full, found.lora, course.tokens, found.meta, changes, course)
 
 
-WEIGHT, FIRST, SECOND, COUNT = "weight", "first_moment", "second_moment", "steps"
-_ADAM = {FIRST: "exp_avg", SECOND: "exp_avg_sq", COUNT: "step"}
+def _samples_are_due(plan: Plan, step: int) -> bool:
+    """Before and after the training, and every so many steps between."""
+    return step in (0, plan.total_steps) or (plan.samples_every_steps > 0 and step % plan.samples_every_steps == 0)
+
+
+WEIGHT, BEST = "weight", "best"
 CPU_RANDOM, CUDA_RANDOM = "random.cpu", "random.cuda"
-_SIDES = {"a": "a", "b": "b", "m": "magnitude"}  # of a Lora
 
 
-def _named(full: dict[str, Tensor], lora: dict[str, Lora]) -> dict[str, Tensor]:
-    """What is trained, each tensor under a name of its own, in the order that the optimizer has them."""
-    sides = ((name, side, getattr(x, field)) for name, x in lora.items() for side, field in _SIDES.items())
-    return {**full, **{f"{name}:{side}": tensor for name, side, tensor in sides if tensor is not None}}
+def state_specs(selection: Selection, plan: Plan) -> dict[str, optimizers.Spec]:
+    """Key -> shape and type, of the numbers in a State; the random states are left out."""
+    shapes = trainable.shapes(selection)
+    kinds = (WEIGHT, BEST) if plan.early_stop_patience else (WEIGHT,)
+    weights = {f"{kind}.{name}": (shape, torch.float32) for kind in kinds for name, shape in shapes.items()}
+    return weights | optimizers.specs(plan, shapes)
 
 
-def state_shapes(selection: Selection) -> dict[str, tuple[int, ...]]:
-    """Key -> shape, of the numbers in a State of this selection; the random states are left out."""
-    shapes: dict[str, tuple[int, ...]] = {t.name: tuple(t.shape) for t in selection.full}
-    for target in selection.lora:
-        out_features, in_features = target.tensor.shape
-        shapes[f"{target.tensor.name}:a"] = (target.rank, in_features)
-        shapes[f"{target.tensor.name}:b"] = (out_features, target.rank)
-        if target.dora:
-            shapes[f"{target.tensor.name}:m"] = (out_features,)
-    kinds = (WEIGHT, FIRST, SECOND)
-    return {f"{kind}.{name}": shape for name, shape in shapes.items() for kind in kinds} | {
-        f"{COUNT}.{name}": () for name in shapes
-    }
-
-
-def _captured(named: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Copies on the CPU. A parameter that no step has moved yet has moments of zero, as AdamW would begin with."""
+def _captured(named: dict[str, Tensor], best: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Copies on the CPU."""
     tensors = {CPU_RANDOM: torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()
-    for name, parameter in named.items():
-        tensors[f"{WEIGHT}.{name}"] = _copy(parameter)
-        moments = optimizer.state.get(parameter) or {}
-        for kind, key in _ADAM.items():
-            empty = torch.zeros(()) if kind == COUNT else torch.zeros(parameter.shape)
-            tensors[f"{kind}.{name}"] = _copy(moments[key]) if key in moments else empty
-    return tensors
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    for kind, held in ((WEIGHT, named), (BEST, best)):
+        tensors |= {f"{kind}.{n}": t.detach().to("cpu", copy=True).contiguous() for n, t in held.items()}
+    return tensors | optimizer.captured()
 
 
 @torch.no_grad()
 def _restore(
-    start: State, named: dict[str, Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    start: State,
+    named: dict[str, Tensor],
+    best: dict[str, Tensor],
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> None:
-    """Into the memory that a new run has anyway: the layout of a tensor may decide how it is rounded."""
-    for name, parameter in named.items():
-        parameter.copy_(start.tensors[f"{WEIGHT}.{name}"])
-        first, second = (torch.zeros_like(parameter, memory_format=torch.preserve_format) for _ in range(2))
-        optimizer.state[parameter] = {
-            "step": start.tensors[f"{COUNT}.{name}"].clone().to(parameter.device),
-            "exp_avg": first.copy_(start.tensors[f"{FIRST}.{name}"]),
-            "exp_avg_sq": second.copy_(start.tensors[f"{SECOND}.{name}"]),
-        }
+    for kind, held in ((WEIGHT, named), (BEST, best)):
+        for name, tensor in held.items():
+            tensor.copy_(start.tensors[f"{kind}.{name}"])
+    optimizer.restore(start.tensors)
     if start.scaler:
         scaler.load_state_dict(start.scaler)
     torch.set_rng_state(start.tensors[CPU_RANDOM])
@@ -246,32 +310,13 @@ def _restore(
         torch.cuda.set_rng_state(start.tensors[CUDA_RANDOM])
 
 
-def _diverged(loss: float, step: int, plan: Plan) -> Diverged:
+def _diverged(what: str, step: int, plan: Plan) -> Diverged:
+    rate = plan.learning_rate * plan.rate_factor
     return Diverged(
-        f"The loss is {loss} at step {step}: lower the learning rate (it is {plan.learning_rate:g}) or check the data.",
+        f"{what} at step {step}: lower the learning rate (it is {rate:g}), raise warmup_ratio, set "
+        "max_gradient_norm to 1 where it is off, or check the data.",
         param="hyperparameters",
     )
-
-
-def trainable(selection: Selection, base: Base, seed: int) -> tuple[dict[str, Tensor], dict[str, Lora]]:
-    """fp32 copies that require gradients. LoRA starts as no change: A random, B zero (arXiv:2106.09685).
-
-    So does DoRA, whose magnitudes are the lengths that the weight's rows have.
-    """
-    full = {t.name: base.weights[t.name].float().clone().requires_grad_() for t in selection.full}
-    lora = {}
-    random = torch.Generator().manual_seed(seed)  # on the CPU: the same start on every device
-    for target in selection.lora:
-        out_features, in_features = target.tensor.shape
-        device = base.device
-        a = torch.empty(target.rank, in_features).uniform_(-1, 1, generator=random) / math.sqrt(in_features)
-        b = torch.zeros(out_features, target.rank)
-        pair = Lora(a.to(device).requires_grad_(), b.to(device).requires_grad_(), target.scale)
-        if target.dora:
-            lengths = pair.lengths(base.whole(target.tensor.name))
-            pair = replace(pair, magnitude=lengths.requires_grad_())
-        lora[target.tensor.name] = pair
-    return full, lora
 
 
 def summed_loss(
@@ -282,22 +327,33 @@ def summed_loss(
     device: Device,
     *,
     below: Tensor | None = None,
+    checkpointing: bool = False,
     chunk_tokens: int = LOSS_CHUNK_TOKENS,
 ) -> Tensor:
     """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
 
     Below `lowest` nothing is trained, so nothing is kept for the backward pass; `below` is what comes out there, (B, T,
-    D), where it is known. The logits of at most `chunk_tokens` labels are held at once.
+    D), where it is known. The logits of at most `chunk_tokens` labels are held at once. `checkpointing` keeps only what
+    enters a layer and computes the rest again: the same numbers, to the bit.
     """
     ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
     n_layers = decoder.n_layers
-    attention = Whole(ids.shape[1], ids.device, decoder.attention_dropout if rows.dropout else 0.0)
+    dropout = decoder.attention_dropout if rows.dropout else 0.0
+    attention: Attention = Whole(ids.shape[1], ids.device, dropout)
+    if batch.is_packed:
+        attention = Packed(batch.lengths.tolist(), ids.device, dropout)
+    again: Callable[..., Tensor] = checkpoint
     if below is None:
         with torch.set_grad_enabled(lowest == 0 and torch.is_grad_enabled()):
             below = decoder.embed(ids, rows, attention)
         with torch.no_grad():
             below = decoder.layers(below, 0, lowest, rows, attention) if lowest else below
-    h = decoder.layers(below, lowest, n_layers, rows, attention)
+    h = below
+    if checkpointing and torch.is_grad_enabled():
+        for layer in range(lowest, n_layers):
+            h = again(decoder.layers, h, layer, layer + 1, rows, attention, use_reentrant=False)
+    else:
+        h = decoder.layers(h, lowest, n_layers, rows, attention)
     # The hidden state at t predicts the token at t + 1; only positions with a label reach the head.
     labelled = learn[:, 1:]
     h, labels = decoder.final_norm(h, rows)[:, :-1][labelled], ids[:, 1:][labelled]  # (N, D), (N,)
@@ -307,9 +363,9 @@ def summed_loss(
 
     if len(labels) <= chunk_tokens:
         return loss(h, labels)
-    chunked: Callable[..., Tensor] = checkpoint  # logits are computed again in the backward pass, never all held
+    # Logits are computed again in the backward pass, never all held.
     cuts = [slice(at, at + chunk_tokens) for at in range(0, len(labels), chunk_tokens)]
-    parts = [chunked(loss, h[cut], labels[cut], use_reentrant=False) for cut in cuts]
+    parts = [again(loss, h[cut], labels[cut], use_reentrant=False) for cut in cuts]
     return torch.stack(parts).sum()
 
 

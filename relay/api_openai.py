@@ -330,7 +330,9 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
     @routes.post("/fine_tuning/jobs/{job_id}/resume")
     async def resume_job(job_id: str, request: Request) -> JSONResponse:
         user = await api.user(request, "train")
-        job = await api.jobs.resume(user.id, job_id)
+        body = await read_body(request, api.settings.max_body_bytes)
+        asked = parse(shapes.Resume, parse_object(body) if body.strip() else {})
+        job = await api.jobs.resume(user.id, job_id, asked.learning_rate_factor)
         api.dispatcher.wake()
         return JSONResponse(await api.shown(job))
 

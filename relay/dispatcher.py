@@ -59,6 +59,7 @@ class Dispatcher:
         if lost := await self._leases.expire():
             self._metrics.leases_lost.inc(lost)
             log.warning("leases were over; their jobs wait again")
+        await self._leases.forget_diverged()
         while not self._stopping.is_set() and (match := await self._leases.next_match()):
             fence = await self._leases.claim(match)
             if fence is None:

@@ -131,7 +131,7 @@ class Jobs:
         now = self._clock()
         async with letting_go(self._store, self._blobs) as (db, gone):
             job = await self._of(db, owner, job_id)
-            if job.status not in OPEN:
+            if job.status not in OPEN and not await _is_kept(db, job):
                 raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to cancel")
             values = {"status": "cancelled", "finished_at": now, "fence": job.fence + 1, **OVER}
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
@@ -160,13 +160,31 @@ class Jobs:
                 await say(db, now, job_id, job.fence, "Pausing: the gpu stores a checkpoint first.")
             return await self._of(db, owner, job_id), job.gpu_id
 
-    async def resume(self, owner: str, job_id: str) -> JobRow:
-        """It waits for a gpu again; one that was asked to pause goes on. Safe to repeat. Raises NotFound, JobOver."""
+    async def resume(self, owner: str, job_id: str, rate_factor: float = 1.0) -> JobRow:
+        """It waits for a gpu again; one that was asked to pause goes on. Safe to repeat. Raises NotFound, JobOver.
+
+        One whose training has diverged goes on from its last checkpoint, and must lower its learning rate for that.
+        """
         now = self._clock()
         async with self._store.write() as db:
             job = await self._of(db, owner, job_id)
-            if job.status not in OPEN:
+            if job.status not in OPEN and not await _is_kept(db, job):
                 raise errors.JobOver(f"the job has already {_ended(job.status)}; there is nothing to resume")
+            if job.status == "failed":
+                if rate_factor >= 1:
+                    message = "learning_rate_factor: the training diverged: lower the rate, to 0.5 of itself, say"
+                    raise errors.InvalidRequest(message, param="learning_rate_factor")
+                values = {"status": "queued", "attempts": 0, "error": None, "finished_at": None, "result": None}
+                factor = job.rate_factor * rate_factor
+                again = update(jobs).where(jobs.c.id == job_id)
+                await db.execute(again.values(**values, rate_factor=factor))
+                how = f"{factor:g} of its learning rate"
+                since = f"from the checkpoint of step {job.saved_step}"
+                await say(db, now, job_id, job.fence, f"Job resumed {since} with {how}: it waits for a gpu.")
+                return await self._of(db, owner, job_id)
+            if rate_factor != 1:
+                message = "learning_rate_factor: only a job whose training has diverged changes its rate"
+                raise errors.InvalidRequest(message, param="learning_rate_factor")
             if job.status == "paused":
                 await db.execute(
                     update(jobs).where(jobs.c.id == job_id).values(status="queued", attempts=0, needed_bytes=None)
@@ -218,6 +236,12 @@ async def drop_reports(db: AsyncConnection, job_id: str) -> set[str]:
     """The blobs that they named."""
     await db.execute(delete(job_reports).where(job_reports.c.job_id == job_id))
     return await refs.unname(db, "report", job_id)
+
+
+async def _is_kept(db: AsyncConnection, job: JobRow) -> bool:
+    """Its training has diverged, and there is a checkpoint to go on from."""
+    here = select(checkpoints.c.step).where(checkpoints.c.job_id == job.id).limit(1)
+    return job.status == "failed" and (await db.execute(here)).first() is not None
 
 
 async def forget(db: AsyncConnection, job_id: str) -> set[str]:

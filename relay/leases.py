@@ -25,6 +25,8 @@ from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, job
 MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
 HEADS_SHOWN = 1000  # pairs of user and base model that one look compares
 MAX_ETA_S = 365 * 86400
+DIVERGED = "training_diverged"  # the gpu's word for a loss that is no number, or rises out of reach
+KEPT_S = 7 * 86400.0  # a checkpoint of such a job
 MODEL_ID_HEX = 12  # of the job's id, in the id of its model
 
 
@@ -160,6 +162,19 @@ class Leases:
             for job in rows:
                 gone |= await self._requeue(db, job, "The gpu has gone silent.", "gpu_lost", counts=True)
         return len(rows)
+
+    async def forget_diverged(self) -> int:
+        """Checkpoints of jobs that nobody resumed in time go, with their data; of how many."""
+        old = (jobs.c.status == "failed") & (jobs.c.finished_at <= self._clock() - KEPT_S)
+        theirs = select(checkpoints.c.job_id).join(jobs, jobs.c.id == checkpoints.c.job_id).where(old).distinct()
+        async with self._store.read() as db:
+            if (await db.execute(theirs.limit(1))).first() is None:
+                return 0
+        async with letting_go(self._store, self._blobs) as (db, gone):
+            job_ids = (await db.execute(theirs)).scalars().all()
+            for job_id in job_ids:
+                gone |= await forget(db, job_id)
+        return len(job_ids)
 
     # --- the gpu's side ---
 
@@ -340,6 +355,13 @@ class Leases:
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
         await charge(db, self._clock(), job)
         await announce(db, self._clock(), job.owner, job.id, "failed")
+        if code == DIVERGED and job.saved_step:
+            until = f"for {KEPT_S / 86400:.0f} days"
+            kept = (
+                f"The checkpoint of step {job.saved_step} is kept {until}: resume with a learning_rate_factor below 1."
+            )
+            await say(db, self._clock(), job.id, job.fence, kept)
+            return set()
         return await forget(db, job.id)
 
     async def _does_not_fit(
@@ -424,6 +446,7 @@ def job_spec(job: JobRow, kept: Sequence[wire.Checkpoint] = ()) -> wire.JobSpec:
         validation_file=job.validation_blob,
         sample_prompts=job.sample_prompts or [],
         continue_from=job.continue_from,
+        rate_factor=job.rate_factor,
         checkpoints=list(kept),
     )
 

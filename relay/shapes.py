@@ -92,6 +92,12 @@ def suffix(text: str | None) -> str | None:
     return text
 
 
+class Resume(_Asked):
+    """POST /v1/fine_tuning/jobs/{id}/resume; an empty body says the same as {}."""
+
+    learning_rate_factor: float = Field(default=1.0, gt=0, le=1)
+
+
 def page(shape: Callable[[Row[Any]], dict[str, Any]], rows: Iterable[Row[Any]], more: bool) -> dict[str, Any]:
     data = [shape(row) for row in rows]
     ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}

@@ -216,10 +216,11 @@ webhook_deliveries = Table(
 #   queued     -> paused      its owner
 #   leased | running | finalizing -> paused     its owner asked, and the gpu gave the job back, or was lost
 #   paused     -> queued      its owner
+#   failed     -> queued      its owner, where the training had diverged, with a lower learning rate
 #   queued | paused | leased | running | finalizing -> cancelled    its owner; the fence rises
 #
 # A lease (gpu_id, gpu_epoch, lease_until, leased_at) exists in LEASED states and in no other.
-# Checkpoints exist while it is OPEN.
+# Checkpoints exist while it is OPEN, and for a week after its training has diverged.
 Status = Literal["queued", "leased", "running", "finalizing", "paused", "succeeded", "failed", "cancelled"]
 STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 LEASED: Final[tuple[Status, ...]] = ("leased", "running", "finalizing")
@@ -243,6 +244,7 @@ jobs = Table(
     Column("sample_prompts", JSON),  # list of texts
     Column("continue_from", JSON),  # wire.TunedModel: a job goes on when the model that it began at is deleted
     Column("behind", Integer, nullable=False, default=0, server_default="0"),  # its priority, negated: for the index
+    Column("rate_factor", Float, nullable=False, default=1.0, server_default="1"),  # of the learning rate, once resumed
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Column("estimated_finish", Float),

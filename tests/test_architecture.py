@@ -59,10 +59,11 @@ FLOORS: dict[str, list[list[str]]] = {
     "gpu_service": [
         ["__main__", "notebook"],
         ["service", "lone", "places"],
-        ["app", "tunnel", "dialout", "job", "lease", "link"],
+        ["app", "tunnel", "dialout", "job", "finetune", "reporter", "lease", "link"],
         ["drawing", "bodies", "gate", "answers"],
         ["worker"],
-        ["checkpoints", "text", "image", "prepare", "train", "plan"],
+        ["checkpoints", "text", "image", "prepare", "train"],
+        ["report", "optimizer", "probe", "samples", "trainable", "plan", "course"],
         ["prefix", "data_report", "data", "reuse"],
         ["decoder"],
         ["llama", "gpt2"],

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import wire
 from demo import gpt2
-from gpu_service import checkpoints, decoder, layers, train
+from gpu_service import checkpoints, decoder, layers, optimizer, train
 from gpu_service import plan as plans
 from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
@@ -40,8 +41,10 @@ def run(
     losses: list[tuple[int, float]] = []
     model = decoder.build(base.source.family, base.source.config, cpu.torch)
     for item in train.run(wanted, base, model, cpu, start=start, wanted=stop):
-        if not isinstance(item, train.Progress):
+        if isinstance(item, train.State | train.Trained):
             return losses, item
+        if not isinstance(item, train.Progress):
+            continue
         losses += [(item.step, loss) for loss in (item.train_loss, item.valid_loss) if loss is not None]
     raise AssertionError("a run ends with what it trained")
 
@@ -58,19 +61,42 @@ def stored(state: train.State, plan: plans.Plan) -> Stored:
 
 def same(one: train.Trained, other: train.Trained) -> bool:
     full = all(torch.equal(tensor, other.full[name]) for name, tensor in one.full.items())
-    lora = all(torch.equal(x.a, other.lora[n].a) and torch.equal(x.b, other.lora[n].b) for n, x in one.lora.items())
+    lora = all(
+        torch.equal(tensor, other.lora[name].tensors[side])
+        for name, pair in one.lora.items()
+        for side, tensor in pair.tensors.items()
+    )
     return full and lora and one.tokens == other.tokens
 
 
-@pytest.mark.parametrize("spec", [LORA, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("asked", [1, 3, 4, 5, 9, 12, 17])
+DORA = wire.LayerSpec(method="dora", layers="last:1", rank=2)
+PACKED: dict[str, Any] = {"optimizer": "adamw_8bit", "packing": True, "early_stop_patience": 2, "schedule": "cosine"}
+KINDS: dict[str, tuple[wire.LayerSpec, dict[str, Any]]] = {
+    "lora": (LORA, {}),
+    "full": (FULL, {"weight_decay": 0.1, "activation_checkpointing": True}),
+    "dora": (DORA, {"early_stop_patience": 1, "learning_rate": 0.3}),
+    "8bit": (wire.LayerSpec(method="full", parts=["mlp"], layers="last:1"), PACKED),
+}
+
+
+@pytest.fixture(scope="module")
+def straight() -> dict[str, Any]:
+    """Runs that were never disturbed, by kind."""
+    return {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", [2, 6, 8, 13])
 def test_a_run_resumed_from_its_files_is_the_run_that_never_stopped_to_the_bit(
-    spec: wire.LayerSpec, asked: int, tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path
+    kind: str, asked: int, tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path, straight: dict[str, Any]
 ) -> None:
     """Accumulation and validation included; the moments fall within, right before and right after validations."""
-    wanted = job(tiny, cpu, rows_file, tmp_path / "rows", spec, micro_batch_rows=3)
+    spec, more = KINDS[kind]
+    wanted = job(tiny, cpu, rows_file, tmp_path / "rows", spec, micro_batch_rows=3, **more)
     wanted = replace(wanted, validation=wanted.store)
-    losses, trained = run(wanted, tiny, cpu)
+    if kind not in straight:
+        straight[kind] = run(wanted, tiny, cpu)
+    losses, trained = straight[kind]
     before, state = run(wanted, tiny, cpu, stop=after(asked))
     assert isinstance(state, train.State)
     saved = checkpoints.save(BlobCache(tmp_path / "here", 2**30), JOB, stored(state, wanted.plan))
@@ -83,6 +109,7 @@ def test_a_run_resumed_from_its_files_is_the_run_that_never_stopped_to_the_bit(
     assert isinstance(trained, train.Trained)
     assert isinstance(resumed, train.Trained)
     assert same(trained, resumed)
+    assert resumed.course.told() == trained.course.told()
 
 
 @pytest.mark.parametrize("spec", [LORA, wire.LayerSpec(method="full", layers="last:2")], ids=["lora", "full"])
@@ -164,7 +191,7 @@ def test_numbers_that_are_not_finite_are_refused(
     wanted = job(tiny, cpu, rows_file, tmp_path / "rows", LORA)
     _, state = run(wanted, tiny, cpu, stop=after(1))
     assert isinstance(state, train.State)
-    next(tensor for name, tensor in state.tensors.items() if name.startswith(train.FIRST)).view(-1)[0] = value
+    next(tensor for name, tensor in state.tensors.items() if name.startswith(optimizer.FIRST)).view(-1)[0] = value
     cache = BlobCache(tmp_path / "blobs", 2**30)
     checkpoint = checkpoints.save(cache, JOB, stored(state, wanted.plan))
     with pytest.raises(BadCheckpoint, match="finite"):

@@ -12,6 +12,7 @@ import torch
 import wire
 from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
+from gpu_service.course import Course
 from gpu_service.lease import Lease, Often
 from gpu_service.link import Refused, RelayFull
 from gpu_service.plan import Plan
@@ -83,7 +84,7 @@ def a_lease(link: Any, folder: Path, told: Told, spec: wire.JobSpec = SPEC) -> L
 
 def stored(step: int) -> Stored:
     tensors = {"weight.w": torch.full((3 * 2**20,), float(step)), "random.cpu": torch.get_rng_state()}
-    return Stored(State(step, step, 0, 1.0, None, {}, tensors), PLAN, 1.0, "cpu fp32", 1.0)
+    return Stored(State(Course(step=step, tokens=step, train_loss=1.0), {}, tensors), PLAN, 1.0, "cpu fp32", 1.0)
 
 
 async def test_a_checkpoint_is_told_after_all_its_chunks_and_each_is_what_its_name_says(tmp_path: Path) -> None:

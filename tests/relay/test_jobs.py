@@ -12,6 +12,7 @@ from aiohttp import web
 from openai.types.fine_tuning import FineTuningJob
 
 import wire
+from relay.leases import KEPT_S
 from tests.relay.conftest import CHAT_ROW, Clock, Relay, running_relay, until
 from tests.relay.double_gpu import BASE, DoubleGpu, failed, held, result_of
 
@@ -507,3 +508,55 @@ async def test_too_many_or_too_long_sample_prompts_are_refused(relay: Relay, gpu
     for prompts in (["?"] * 9, ["?" * 2001], [""]):
         with pytest.raises(openai.BadRequestError, match="sample_prompts"):
             await create(relay, extra_body={"sample_prompts": prompts})
+
+
+async def diverged(relay: Relay, gpu: DoubleGpu) -> tuple[str, wire.GrantLease]:
+    """A job that failed so at step 9, with a checkpoint of step 5."""
+    job = await create(relay)
+    grant = await gpu.next_grant()
+    content = b"a state"
+    chunk = wire.ChunkRef(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    await gpu.call("PUT", f"/gpu/jobs/{job.id}/chunks/{chunk.sha256}?fence={grant.fence}", content)
+    file = wire.ChunkedFile(name="state", sha256=chunk.sha256, bytes=chunk.bytes, chunks=[chunk])
+    checkpoint = wire.Checkpoint(step=5, total_steps=20, made_on="cpu fp32", files=[file])
+    stored = wire.CheckpointStored(fence=grant.fence, checkpoint=checkpoint)
+    assert (await gpu.call("POST", f"/gpu/jobs/{job.id}/checkpoints", stored)).status_code == 200
+    error = wire.JobError(message="The loss is nan at step 9: lower the learning rate", code="training_diverged")
+    await gpu.finish(grant, wire.JobResult(fence=grant.fence, error=error))
+    assert await status_of(relay, job) == "failed"
+    return job.id, grant
+
+
+async def test_a_job_that_diverged_goes_on_from_its_checkpoint_with_a_lower_rate(relay: Relay, gpu: DoubleGpu) -> None:
+    job_id, grant = await diverged(relay, gpu)
+    resume = f"/v1/fine_tuning/jobs/{job_id}/resume"
+    refused = await relay.http.post(resume)
+    assert (refused.status_code, "0.5" in refused.text) == (400, True)
+    resumed = (await relay.http.post(resume, json={"learning_rate_factor": 0.5})).json()
+    assert (resumed["status"], resumed["error"], resumed["finished_at"]) == ("queued", None, None)
+    again = await gpu.next_grant()
+    assert again.fence > grant.fence
+    assert [checkpoint.step for checkpoint in again.job.checkpoints] == [5]
+    assert again.job.rate_factor == 0.5
+    data = await gpu.call("GET", f"/gpu/blobs/{again.job.training_file.sha256}")
+    assert data.status_code == 200
+
+
+async def test_what_a_diverged_job_keeps_goes_when_it_is_cancelled_or_after_a_week(
+    relay: Relay, gpu: DoubleGpu
+) -> None:
+    job_id, _ = await diverged(relay, gpu)
+    (kept,) = (await relay.http.get(f"/v1/fine_tuning/jobs/{job_id}/checkpoints")).json()["data"]
+    assert kept["step_number"] == 5
+    await relay.http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel")
+    assert (await relay.http.get(f"/v1/fine_tuning/jobs/{job_id}/checkpoints")).json()["data"] == []
+
+    other, _ = await diverged(relay, gpu)
+    relay.clock.advance(KEPT_S + 1)
+    await gpu.enrol()
+
+    async def gone() -> bool:
+        return not (await relay.http.get(f"/v1/fine_tuning/jobs/{other}/checkpoints")).json()["data"]
+
+    await until(gone)
+    assert (await relay.http.post(f"/v1/fine_tuning/jobs/{other}/resume")).status_code == 409
