@@ -4,21 +4,24 @@ Started with a JSON file that says what to do; the last line that it prints says
 calls, without relay, worker and events.
 """
 
+import gc
 import json
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 import wire
 from gpu_service import decoder as decoders
 from gpu_service import device as devices
-from gpu_service import layers, models, train
+from gpu_service import fused, layers, models, prepare, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
+from gpu_service.prefix import Chosen, Shelf
 from gpu_service.rows import Rows
 from gpu_service.settings import Settings
 
@@ -26,6 +29,9 @@ from gpu_service.settings import Settings
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
+    if spec.get("like_for_like"):
+        patch.object(fused, "prefers_onednn", lambda: False).start()  # both sides as torch multiplies by itself
+    onednn = devices.prefers_onednn() and not spec.get("like_for_like")
     device = devices.choose(Settings(device="cpu", precision=spec["precision"]))
     source = models.find(spec["model"])
     selection = layers.select(
@@ -42,22 +48,53 @@ def main() -> None:
         batch_size=spec["batch"],
         learning_rate=spec["learning_rate"],
         max_length_tokens=length,
+        stream_layers=spec["streamed"],
+        prefix_cache=True if spec["streamed"] else spec["prefix_cache"],
     )
     plan = plans.resolve(wanted, source, selection, store, length, device)
     job = train.Job(source, selection, plan, store, None, 5)
-    base = models.read_base(source, device)
+    base = None if spec["streamed"] else models.read_base(source, device)
     decoder = decoders.build(source.family, source.config, device.torch)
     wall, cpu = time.perf_counter(), time.process_time()
     trained = None
-    for item in train.run(job, base, decoder, device):
+    prefix_s, most_held = 0.0, 0
+
+    def resident() -> tuple[models.Base, decoders.Decoder]:
+        assert base
+        return base, decoder
+
+    for item in prepare.steps(job, device, Shelf(folder / "prefix", 2**40), resident):
+        if spec["streamed"]:
+            most_held = max(most_held, held_bytes(source))
+        if isinstance(item, Chosen):
+            prefix_s = time.perf_counter() - wall
+            print(f"prefix {'kept' if item.cached else 'not kept'}: {item.why}")
         if isinstance(item, train.Trained):
             trained = item
     assert trained
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {"wall_s": wall, "cpu_s": cpu, "rss_bytes": peak, "steps": plan.total_steps, "gemm": "torch's default"}
+    whole = source.weights_bytes("none", device.precision.dtype.itemsize)
+    result = {
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "prefix_s": prefix_s,
+        "rss_bytes": peak,
+        "steps": plan.total_steps,
+        "weights_ratio": (most_held if spec["streamed"] else whole) / whole,
+        "gemm": "oneDNN" if onednn else "MKL (torch's default for fp32)",
+    }
+    base = base or models.read_base(source, device)
     rows = Rows(base.weights, full=trained.full, lora=[trained.lora])
     print(json.dumps(result | {"loss": validation(decoder, rows, checked, device)}))
+
+
+def held_bytes(source: models.Source) -> int:
+    """Of weights, wherever they are held: every tensor in this process that has the shape of one, and no gradient."""
+    shapes = {t.shape for t in source.tensors}
+    found = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and tuple(x.shape) in shapes]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found if not x.requires_grad}
+    return sum(storages.values())
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ class Decoder(Protocol):
 
     n_layers: int
     attention_dropout: float  # in training
+    head: str  # the module whose weight gives the logits
 
     def geometry(self, dtype: torch.dtype, device: torch.device) -> Geometry: ...
 

@@ -47,7 +47,7 @@ class Gpt2:
         self._embed_drop, self._residual_drop = float(config.embd_pdrop), float(config.resid_pdrop)
         self.attention_dropout = float(config.attn_pdrop)
         self._activation = ACTIVATIONS[config.activation_function]
-        self._head = "wte" if config.tie_word_embeddings else "lm_head"
+        self.head = "wte" if config.tie_word_embeddings else "lm_head"
 
     def geometry(self, dtype: torch.dtype, device: torch.device) -> Geometry:
         """Of the keys and values that it keeps."""
@@ -69,7 +69,7 @@ class Gpt2:
 
     def unembed(self, h: Tensor, rows: Rows) -> Tensor:
         """Hidden states (..., D) behind the last norm -> logits (..., V)."""
-        return rows.linear(h, self._head)
+        return rows.linear(h, self.head)
 
     def _layer(self, h: Tensor, layer: int, rows: Rows, attention: Attention) -> Tensor:
         at = f"h.{layer}"

@@ -53,7 +53,7 @@ class Llama:
         self._head_dim = int(head_dim)
         self._eps = float(config.rms_norm_eps)
         self._activation = ACTIVATIONS[config.hidden_act]
-        self._head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        self.head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         if rope == "default":
             theta = config.rope_parameters["rope_theta"]
             frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim)
@@ -85,7 +85,7 @@ class Llama:
 
     def unembed(self, h: Tensor, rows: Rows) -> Tensor:
         """Hidden states (..., D) behind the last norm -> logits (..., V)."""
-        return rows.linear(h, self._head)
+        return rows.linear(h, self.head)
 
     def _layer(self, h: Tensor, layer: int, rope: Rope, rows: Rows, attention: Attention) -> Tensor:
         at, eps = f"model.layers.{layer}", self._eps

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_service import fused
 from gpu_service.lora import Lora
 from gpu_service.products import Product, plain
 from gpu_service.quantize import Quantized
@@ -57,7 +58,7 @@ class Rows:
         self._weights = weights
         self._quantized = quantized or {}
         self._product = product
-        self.dropout = dropout  # in training
+        self.dropout = dropout  # in training, which also has its own arithmetic
         self._full = full or {}
         self._gains: dict[str, Tensor] = {}
         some = next(iter(weights.values()))
@@ -112,10 +113,34 @@ class Rows:
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x (B, T, in) -> (B, T, out) by `<name>.weight`, `<name>.bias` where there is one, and the rows' LoRA."""
         bias = self.weight(f"{name}.bias") if f"{name}.bias" in self._weights else None
+        if self.dropout and self._is_frozen(name) and (y := self._trained_over(x, name, bias)) is not None:
+            return y
         packed = self._quantized.get(f"{name}.weight")
         if packed is not None and f"{name}.weight" not in self._full:
             return self._adapted(packed.linear(x, bias), x, name, bias)
         return self._adapted(self._product(x, self.weight(f"{name}.weight"), bias), x, name, bias)
+
+    def _is_frozen(self, name: str) -> bool:
+        """Weight and bias are the base's own, and not packed."""
+        tensors = (f"{name}.weight", f"{name}.bias")
+        return tensors[0] in self._weights and not any(t in self._full for t in tensors)
+
+    def _trained_over(self, x: Tensor, name: str, bias: Tensor | None) -> Tensor | None:
+        """A frozen matrix in training, alone or under one plain LoRA; None for what autograd does as well."""
+        weight, lora = self._weights[f"{name}.weight"], self._lora.get(f"{name}.weight")
+        if lora is None:
+            return fused.frozen_linear(x, weight, bias)
+        if lora.magnitude is not None or lora.stretch is not None:
+            return None
+        return fused.adapted_linear(x, weight, bias, lora.a, lora.b, lora.scale)
+
+    def frozen_loss(self, h: Tensor, head: str, labels: Tensor) -> Tensor | None:
+        """Cross entropy summed over hidden states (N, D) that the head meets, in training; None where something lies
+        over the head, or it is trained itself."""
+        plain = self._is_frozen(head) and f"{head}.weight" not in (*self._lora, *self._shared)
+        if not (self.dropout and plain) or f"{head}.bias" in self._weights:
+            return None
+        return fused.cross_entropy(h, self._weights[f"{head}.weight"], labels, fused.HEAD_CHUNK_TOKENS)
 
     def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """y (B, T, out), which has the bias in it already."""
@@ -142,6 +167,8 @@ class Rows:
 
     def rms_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
         """RMSNorm over the last dimension, in fp32 as the models were trained. `layer` -1 is the final norm."""
+        if self.dropout and not self._gains and x.dtype is torch.float32 and f"{name}.weight" not in self._full:
+            return fused.rms_norm(x, self._weights[f"{name}.weight"], eps)
         scale = eps * self._gains["eps"][layer] if self._gains else eps  # (B, 1, 1) or a number
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + scale)

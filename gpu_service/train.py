@@ -361,6 +361,8 @@ def summed_loss(
     def loss(h: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(decoder.unembed(h, rows).float(), labels, reduction="sum")
 
+    if (frozen := rows.frozen_loss(h, decoder.head, labels)) is not None:
+        return frozen
     if len(labels) <= chunk_tokens:
         return loss(h, labels)
     # Logits are computed again in the backward pass, never all held.

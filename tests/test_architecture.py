@@ -67,7 +67,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["prefix", "data_report", "data", "reuse"],
         ["decoder"],
         ["llama", "gpt2"],
-        ["rows", "cache"],
+        ["rows", "cache", "fused"],
         ["models", "artifacts", "sampling", "detokenizer"],
         ["sd"],
         ["quantize", "lora", "products", "hub", "unet"],
