@@ -124,7 +124,7 @@ class Jobs:
     async def on_gpus(self) -> dict[str, JobRow]:
         """Which job each gpu holds now, by the gpu's id; whoever owns it."""
         async with self._store.read() as db:
-            return {job.gpu_id: job for job in await db.execute(select(jobs).where(jobs.c.gpu_id.is_not(None)))}
+            return {job.gpu_id: job for job in await db.execute(select(jobs).where(jobs.c.status.in_(LEASED)))}
 
     async def cancel(self, owner: str, job_id: str) -> tuple[JobRow, str | None]:
         """At once, and the gpu that has to hear of it. Raises NotFound, JobOver."""

@@ -14,7 +14,7 @@ from relay import errors
 from relay.blobs import Blobs, Bound
 from relay.settings import Settings
 from relay.store import Store
-from relay.tables import blob_refs, checkpoints, jobs
+from relay.tables import OPEN, blob_refs, checkpoints, jobs
 
 OF_JOBS = ("checkpoint", "chunk", "result")  # kinds of names (refs.py) that a reservation covers
 OF_MODELS = ("model", "report")
@@ -103,7 +103,7 @@ NO_DISK = "the relay's disk has no room beside what jobs have set aside: try lat
 async def _usage(db: AsyncConnection, owner: str, but_job: str = "") -> Usage:
     named = select(blob_refs.c.kind, func.sum(blob_refs.c.bytes)).where(blob_refs.c.owner == owner)
     by_kind: dict[str, int] = {kind: int(size) for kind, size in await db.execute(named.group_by(blob_refs.c.kind))}
-    reserving = jobs.c.owner == owner, jobs.c.reserved_bytes > 0, jobs.c.id != but_job
+    reserving = jobs.c.owner == owner, jobs.c.status.in_(OPEN), jobs.c.reserved_bytes > 0, jobs.c.id != but_job
     reserved = (await db.execute(select(func.sum(jobs.c.reserved_bytes)).where(*reserving))).scalar() or 0
     stored = _sum(by_kind, OF_JOBS) - (await stored_bytes(db, but_job) if but_job else 0)
     return Usage(
@@ -135,7 +135,7 @@ async def stored_bytes(db: AsyncConnection, job_id: str, but_sha256: str = "") -
 
 async def promised_bytes(db: AsyncConnection, but_job: str = "") -> int:
     """Set aside by jobs that are not over, and not stored yet."""
-    reserving = jobs.c.reserved_bytes > 0, jobs.c.id != but_job
+    reserving = jobs.c.status.in_(OPEN), jobs.c.reserved_bytes > 0, jobs.c.id != but_job
     by_job = {
         row.id: row.reserved_bytes
         for row in await db.execute(select(jobs.c.id, jobs.c.reserved_bytes).where(*reserving))
