@@ -107,6 +107,7 @@ def _serve(settings: Settings, out: Screen, running: list[Service]) -> NoReturn:
             "RELAY_PORT": str(settings.relay_port),
             "RELAY_DATA_DIR": str(settings.data_dir / "relay"),
             "RELAY_ALLOW_LOOPBACK_GPUS": "1",
+            "RELAY_LOG_FORMAT": "text",  # a person opens it
         },
         settings.data_dir / "relay.log",
     )
@@ -122,6 +123,7 @@ def _serve(settings: Settings, out: Screen, running: list[Service]) -> NoReturn:
             | {
                 "GPU_HOST": HOST,
                 "GPU_PORT": str(settings.gpu_port),
+                "GPU_LOG_FORMAT": "text",
                 "GPU_DATA_DIR": str(settings.data_dir / "gpu"),
                 "GPU_RELAY_URL": settings.relay_url,
                 "GPU_ENROL_TOKEN": token,

@@ -311,15 +311,18 @@ def _keys(routes: APIRouter, api: UiApi) -> None:
 def _usage(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/usage")
     async def usage(request: Request) -> JSONResponse:
-        """This month's, of one's own; by key too."""
+        """This month's, of one's own; by key too. A key that does not manage keys sees itself alone."""
         user = await api.user(request)
         month, ends_at, used = await api.usage.of_user(user.id)
+        alone = "admin" not in user.rules.scopes
+        used = {key_id: found for key_id, found in used.items() if not alone or key_id == user.key_id}
         prices = api.usage.prices
 
         def shown(found: Used) -> dict[str, Any]:
             return {**asdict(found), "tokens": found.tokens, "spend": round(prices.of(found), 6)}
 
-        own = {key.id: key for key in await api.accounts.list_keys() if key.user == user.name}
+        known = [key for key in await api.accounts.list_keys() if key.user == user.name]
+        own = {key.id: key for key in known if not alone or key.id == user.key_id}
         keys = [
             {
                 "id": key.id,

@@ -61,7 +61,7 @@ class RelayProcess:
             stderr=PIPE,
         )
         self._reading = asyncio.create_task(self._read())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (found := re.search(r"http://127\.0\.0\.1:(\d+)", self.log)):
                 assert self._process.returncode is None, self.log
                 await asyncio.sleep(0.02)

@@ -101,6 +101,10 @@ async def test_answers_whole_streamed_and_left_are_counted_for_their_key(relay: 
         return bool((await used(relay))["tokens"] == 30 + 7 + 1)
 
     await until(counted, PATIENCE_S)
+    plain = (await relay.http.post("/api/keys", json={"scopes": ["generate"]})).json()
+    alone = await relay.http.get("/api/usage", headers={"authorization": f"Bearer {plain['key']}"})
+    assert ([key["id"] for key in alone.json()["keys"]], alone.json()["tokens"]) == ([plain["id"]], 0)
+    await relay.http.delete(f"/api/keys/{plain['id']}")
     await relay.http.delete(f"/api/keys/{other['id']}")
     kept = {key["id"]: key["revoked"] for key in (await used(relay))["keys"]}
     assert kept == {"key-admin": False, other["id"]: True}
