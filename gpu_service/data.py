@@ -235,10 +235,15 @@ class DataReport:
     truncated: int  # rows that were cut
     dropped: int  # rows that had nothing left to learn after the cut; not among `rows`
     duplicates: int  # rows that equal an earlier one, token for token; they stay
-    longest: int  # tokens
+    longest: int  # tokens, after the cut, as the next two
+    p50: int  # half of the rows have no more
+    p90: int
 
     def summary(self) -> str:
-        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned_tokens:,} of them learned"
+        text = (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.learned_tokens:,} of them learned; half of the rows "
+            f"have up to {self.p50:,} tokens, nine of ten up to {self.p90:,}, the longest {self.longest:,}"
+        )
         if self.truncated:
             text += f"; {self.truncated:,} cut at the maximum length"
         if self.dropped:
@@ -387,7 +392,14 @@ def _tokenize(rows: ReadRows, folder: Path, tokenize: Tokenize, max_length: int,
         dropped=dropped,
         duplicates=len(digests) - len(np.unique(np.asarray(digests))),
         longest=longest,
+        p50=_percentile(offsets, 50),
+        p90=_percentile(offsets, 90),
     )
+
+
+def _percentile(offsets: Sequence[int], percent: int) -> int:
+    """Of the rows' lengths: one that a row has."""
+    return int(np.percentile(np.diff(np.asarray(offsets)), percent, method="higher"))
 
 
 def _tokenized_rows(rows: ReadRows, tokenize: Tokenize, problems: dataset.Report) -> Iterator[Tokens]:

@@ -277,6 +277,7 @@ def test_the_report_counts_what_became_of_the_rows(build: Build) -> None:
     unseen, cut = {"prompt": "word " * 60, "completion": "never seen"}, {"text": "many words " * 60}
     report = build([*ROWS, unseen, cut], max_length=40).report
     assert (report.rows, report.dropped, report.truncated, report.duplicates, report.longest) == (5, 1, 2, 1, 40)
+    assert 0 < report.p50 <= report.p90 <= report.longest
     assert "2 cut at the maximum length; 1 left out" in report.summary()
 
 
