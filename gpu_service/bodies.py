@@ -250,14 +250,22 @@ def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: floa
         longest = plans.max_length(wanted.max_length_tokens, source)
         tokens = min(longest, max(1, body.data.bytes // body.data.rows // FILE_BYTES_PER_TOKEN))  # of a usual row
         rows = plans.micro_rows(wanted, source, selection, plans.batch_rows(wanted, body.data.rows), tokens, device)
-    times = {}
+    itemsize = device.precision.dtype.itemsize
+    epochs, seen = (
+        (plans.n_epochs(wanted, body.data.rows), body.data.rows * tokens) if body.data else (1, rows * tokens)
+    )
+    on_disk = costs.prefix_bytes(selection, source.shape, seen, itemsize)
+    times, asked = {}, None if wanted.prefix_cache == "auto" else wanted.prefix_cache
+    streamed = wanted.stream_layers is True
     if flops_per_s:
-        token_s = costs.training_flops(selection, source.tensors, tied=source.tied) / flops_per_s
-        times["chat_pause_s"] = round(rows * tokens * token_s, 2)
+        flops = costs.training_flops(selection, source.tensors, tied=source.tied)
+        time = costs.training_time(flops, seen, epochs, flops_per_s, on_disk, asked=streamed or asked)
+        slice_flops = max(flops.above, flops.below) if time.cached else flops.above + flops.below
+        times["chat_pause_s"] = round(rows * tokens * slice_flops / flops_per_s, 2)
         if body.data:
-            seen = plans.n_epochs(wanted, body.data.rows) * body.data.rows * tokens
-            times["time_s"] = round(seen * token_s, 1)
-    cost = source.cost(selection, rows, tokens, device.precision.dtype.itemsize)
+            times["time_s"] = round(time.seconds, 1)
+            on_disk = on_disk if time.cached else 0
+    cost = source.cost(selection, rows, tokens, itemsize, streamed=streamed)
     lora = {t.tensor.name: t for t in selection.lora}
     tensors = [
         {
@@ -287,6 +295,9 @@ def preview(source: Source, body: PreviewBody, device: Device, flops_per_s: floa
             "adapter": cost.adapter_bytes,
             "total": cost.total,
         },
+        # Of the data set that was named, where its output is kept; without data, of one batch.
+        "prefix_bytes": on_disk,
+        "checkpoint_bytes": costs.checkpoint_bytes(selection),
         **times,
         "batch": {"rows": rows, "tokens": tokens},
         "notes": list(selection.notes),

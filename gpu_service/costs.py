@@ -1,4 +1,4 @@
-"""What training a selection of tensors costs: memory by what fills it, and arithmetic. No torch."""
+"""What training a selection of tensors costs: memory and disk by what fills it, arithmetic, time. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,12 @@ import wire
 from gpu_service.layers import Selection, TensorInfo
 
 BLOCK = 64  # weights that share a scale where they are held in 4 bits
+HEAD_CHUNK_TOKENS = 256  # labels whose logits are held at once over a frozen head
+TRAINED_HEAD_CHUNK_TOKENS = 1024  # the same where the head is trained, or adapted
+LABELLED = 0.5  # of all tokens, where the data is not known
+DISK_BYTES_PER_S = 500e6  # of a plain SSD, until it is measured
+LEAST_GAIN_S = 2.0  # below it a cached prefix is not worth its bytes, and timing would decide by chance
+STATE_OVERHEAD_BYTES, STATE_TENSOR_BYTES = 12_000, 600  # of a checkpoint: its description; names and shapes, by tensor
 
 
 @dataclass(frozen=True)
@@ -24,14 +30,23 @@ class Estimate:
         return sum(vars(self).values())
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A model's measures, as far as activations follow from them."""
+
+    hidden: int
+    intermediate: int
+    vocab: int
+    n_heads: int
+    gated: bool  # two matrices up and one down, as in Llama
+    attention_dropout: bool  # then the attention's probabilities are kept
+    tied: bool
+
+
 def estimate(
     selection: Selection,
+    shape: Shape,
     *,
-    n_layers: int,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-    n_heads: int,
     base_bytes_per_param: int,
     base_weights_bytes: int,
     rows: int,
@@ -39,27 +54,63 @@ def estimate(
     checkpointing: bool = False,
     moments_bytes_per_param: int = 8,
 ) -> Estimate:
-    """What a micro-batch of `rows` x `tokens` needs. An upper bound in its activations.
+    """What a micro-batch of `rows` x `tokens` needs.
 
-    Trained numbers, their gradients and AdamW's two moments are fp32: 4, 4 and 8 bytes each. For the backward pass a
-    layer keeps per token, in the precision of the base: its input, the two norms' outputs, q, k, v, the attention's
-    output and the residual between (8 H, k and v counted as if heads were not shared), gate, up, their activation and
-    product (4 I), and one fp32 number per head (attention keeps no probabilities). This holds from the lowest trained
-    layer upwards; those below keep nothing. The logits and their gradient are fp32: 8 V bytes per token.
+    Trained numbers and their gradients are fp32, 4 bytes each; AdamW's two moments are 8. Nothing is kept for the
+    backward pass below the lowest trained layer.
     """
     n = selection.n_trainable
-    per_layer = (8 * hidden_size + 4 * intermediate_size) * base_bytes_per_param + 4 * n_heads
-    layers = n_layers - selection.lowest_layer
-    kept = layers * per_layer
+    kept = [_kept_numbers(selection, shape, layer) for layer in range(selection.lowest_layer, selection.n_layers)]
+    per_token = sum(kept)
     if checkpointing:  # each layer keeps its input, and one at a time is computed again
-        kept = layers * hidden_size * base_bytes_per_param + (per_layer if layers else 0)
+        per_token = len(kept) * shape.hidden + max(kept, default=0)
+    exact = 4 * shape.n_heads * len(kept)  # attention's normalisers, fp32
+    if shape.attention_dropout:
+        exact += 13 * shape.n_heads * tokens * len(kept)  # scores, probabilities and what is left of them, and a mask
+    head = [t for t in selection.full if t.part == ("embed" if shape.tied else "head")]
+    head_trained = bool(head) or any(target.tensor.part == "head" for target in selection.lora)
+    chunk = min(rows * tokens, TRAINED_HEAD_CHUNK_TOKENS if head_trained else HEAD_CHUNK_TOKENS)
+    logits = chunk * shape.vocab * (12 if head_trained else 4)
+    labelled = int(LABELLED * rows * tokens) * shape.hidden * base_bytes_per_param
+    cast = n * base_bytes_per_param if base_bytes_per_param < 4 else 0  # of fp32 copies, for the products
     return Estimate(
         weights_bytes=base_weights_bytes,
         gradients_bytes=4 * n,
         optimizer_bytes=moments_bytes_per_param * n,
-        activations_bytes=rows * tokens * (kept + 8 * vocab_size),
+        activations_bytes=rows * tokens * (per_token * base_bytes_per_param + exact) + logits + 2 * labelled + cast,
         adapter_bytes=4 * n,
     )
+
+
+def _kept_numbers(selection: Selection, shape: Shape, layer: int) -> int:
+    """Numbers by token that one layer keeps for the backward pass.
+
+    Always: what enters it and what lies between its two blocks; q, k, v (as if heads were not shared) and the
+    attention's output; and the MLP's inner states, of which a gated one has three. A matrix that is trained or adapted
+    keeps its input besides.
+    """
+    parts = {t.part for t in selection.full if t.layer == layer}
+    parts |= {target.tensor.part for target in selection.lora if target.tensor.layer == layer}
+    numbers = 6 * shape.hidden + (3 if shape.gated else 1) * shape.intermediate
+    if parts & {"attn.q", "attn.k", "attn.v"}:
+        numbers += shape.hidden
+    if parts & {"mlp.gate", "mlp.up"}:
+        numbers += shape.hidden
+    if "mlp.down" in parts:
+        numbers += shape.intermediate
+    return numbers
+
+
+def checkpoint_bytes(selection: Selection, moments_bytes_per_param: int = 8) -> int:
+    """Of one: the trained numbers and the optimizer's moments in fp32, random states, names."""
+    tensors = len(selection.full) + 2 * len(selection.lora)
+    numbers = (4 + moments_bytes_per_param) * selection.n_trainable
+    return numbers + tensors * STATE_TENSOR_BYTES + STATE_OVERHEAD_BYTES
+
+
+def prefix_bytes(selection: Selection, shape: Shape, tokens: int, bytes_per_number: int) -> int:
+    """On disk, of a data set of so many tokens; 0 where nothing lies below the lowest trained layer."""
+    return tokens * shape.hidden * bytes_per_number if selection.lowest_layer else 0
 
 
 def weights_bytes(tensors: Sequence[TensorInfo], quantize: wire.Quantize, bytes_per_param: int) -> int:
@@ -81,17 +132,53 @@ def forward_flops(tensors: Sequence[TensorInfo], *, tied: bool) -> int:
     return 2 * sum(t.n_params for t in tensors if t.linear or (tied and t.part == "embed"))
 
 
-def training_flops(selection: Selection, tensors: Sequence[TensorInfo], *, tied: bool) -> float:
-    """Of one token, forward and backward.
+@dataclass(frozen=True)
+class Flops:
+    """Of one token in one epoch."""
 
-    All layers run forward. From the lowest trained one upwards gradients flow back, as much again; and a tensor that is
-    trained in full takes its own gradient, as much once more. Half of all tokens carry a label and so meet the head.
+    below: float  # forward through what is frozen, up to the lowest trained layer
+    above: float  # forward and backward from there on, and the head
+
+
+def training_flops(selection: Selection, tensors: Sequence[TensorInfo], *, tied: bool) -> Flops:
+    """All layers run forward. From the lowest trained one upwards gradients flow back, as much again; what is trained
+    takes its own gradient, as much once more for a matrix in full, and what it computes and takes for a LoRA. Half of
+    all tokens carry a label and so meet the head.
     """
-    head = sum(t.n_params for t in tensors if t.part == ("embed" if tied else "head"))
-    forward = forward_flops(tensors, tied=tied) - 2 * head
+    linear = [t for t in tensors if t.linear and t.layer is not None]
     lowest = selection.lowest_layer
-    above = 2 * sum(t.n_params for t in tensors if t.linear and t.layer is not None and t.layer >= lowest)
-    return forward + above + 2 * selection.n_trainable + 0.5 * 4 * head
+    below = 2 * sum(t.n_params for t in linear if t.layer is not None and t.layer < lowest)
+    above = 4 * sum(t.n_params for t in linear if t.layer is not None and t.layer >= lowest)
+    head = sum(t.n_params for t in tensors if t.part == ("embed" if tied else "head"))
+    trained = 2 * sum(t.n_params for t in selection.full if t.linear) + 6 * sum(t.n_params for t in selection.lora)
+    return Flops(below, above + trained + LABELLED * 4 * head)
+
+
+@dataclass(frozen=True)
+class Time:
+    seconds: float
+    cached: bool  # the frozen prefix is computed once and read from disk
+    why: str
+
+
+def training_time(
+    flops: Flops, tokens: int, epochs: int, flops_per_s: float, prefix_bytes: int, asked: bool | None
+) -> Time:
+    """Of `epochs` through so many tokens, the disk being a plain SSD. `asked`: prefix_cache; None is "auto"."""
+    forward_s, rest_s = (tokens * f / flops_per_s for f in (flops.below, flops.above))
+    disk_s = prefix_bytes / DISK_BYTES_PER_S
+    gain_s = (epochs - 1) * forward_s - (1 + epochs) * disk_s
+    possible = prefix_bytes > 0 and asked is not False
+    if possible and (asked or gain_s >= LEAST_GAIN_S):
+        return Time(forward_s + epochs * rest_s + (1 + epochs) * disk_s, True, f"saves about {max(0.0, gain_s):.0f} s")
+    why = "nothing lies below" if not prefix_bytes else "would save too little" if possible else "prefix_cache is false"
+    return Time(epochs * (forward_s + rest_s), False, why)
+
+
+def held(tensors: Sequence[TensorInfo], selection: Selection, *, tied: bool) -> list[TensorInfo]:
+    """What a streamed run holds: everything from the lowest trained layer upwards, the last norm and the head."""
+    outer, lowest = ("embed" if tied else "head", "norm.final"), selection.lowest_layer
+    return [t for t in tensors if t.part in outer or (t.layer is not None and t.layer >= lowest)]
 
 
 def summary(selection: Selection, estimate: Estimate) -> str:

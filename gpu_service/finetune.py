@@ -240,6 +240,7 @@ class FineTune:
             self._device.precision.dtype.itemsize,
             checkpointing=plan.activation_checkpointing,
             moments_bytes_per_param=plans.MOMENTS_BYTES[plan.optimizer],
+            streamed=plan.stream_layers,
         )
 
     def _summary(self, source: Source, selection: Selection, data: Data, plan: Plan) -> str:
@@ -248,11 +249,13 @@ class FineTune:
     async def _reserve(self, lease: Lease, source: Source, selection: Selection, data: Data, plan: Plan) -> None:
         specs = train.state_specs(selection, plan).values()
         flops = costs.training_flops(selection, source.tensors, tied=source.tied)
-        per_s = self._worker.flops_per_s(source.id)
+        per_s, seen = self._worker.flops_per_s(source.id), int(data.store.lengths.sum())
+        on_disk = costs.prefix_bytes(selection, source.shape, seen, self._device.precision.dtype.itemsize)
+        taken = costs.training_time(flops, seen, plan.n_epochs, per_s, on_disk, plan.prefix_cache) if per_s else None
         await lease.reserve(
             sum(prod(shape) * dtype.itemsize for shape, dtype in specs) + OVERHEAD_BYTES,
             trainable.result_bytes(selection, data.begin) + OVERHEAD_BYTES,
-            flops * int(data.store.lengths.sum()) * plan.n_epochs / per_s if per_s else 0.0,
+            taken.seconds if taken else 0.0,
         )
 
     def _adapter(self, source: Source, data: Data, plan: Plan, trained: train.Trained) -> Adapter:

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from gpu_service.device import prefers_onednn
 
-HEAD_CHUNK_TOKENS = 256  # labels whose logits are held at once: (256, 49152) fp32 is 50 MB
-
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, in) by a weight (out, in), in whichever library multiplies fp32 faster here."""

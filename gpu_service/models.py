@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 import wire
 from gpu_service import hub, sd
-from gpu_service.costs import Estimate, estimate, weights_bytes
+from gpu_service.costs import Estimate, Shape, estimate, held, weights_bytes
 from gpu_service.device import Device
 from gpu_service.errors import ModelUnreadable, NoSuchModel, OtherKind, OutOfMemory, UnsupportedModel, Withheld
 from gpu_service.layers import Selection, TensorInfo, gpt2_tensors, llama_tensors
@@ -81,6 +81,20 @@ class Source:
         """In memory."""
         return weights_bytes(self.tensors, quantize, bytes_per_param)
 
+    @property
+    def shape(self) -> Shape:
+        config, gpt2 = self.config, self.family == "gpt2"
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+        return Shape(
+            hidden=int(config.hidden_size),
+            intermediate=int(inner or 4 * config.hidden_size),
+            vocab=int(config.vocab_size),
+            n_heads=int(config.num_attention_heads),
+            gated=not gpt2,
+            attention_dropout=bool(config.attn_pdrop if gpt2 else config.attention_dropout),
+            tied=self.tied,
+        )
+
     def cost(
         self,
         selection: Selection,
@@ -90,19 +104,15 @@ class Source:
         *,
         checkpointing: bool = False,
         moments_bytes_per_param: int = 8,
+        streamed: bool = False,
     ) -> Estimate:
         """What training `selection` takes in memory, with micro-batches of `rows` x `tokens`."""
+        in_memory = held(self.tensors, selection, tied=self.tied) if streamed else self.tensors
         return estimate(
             selection,
-            n_layers=self.n_layers,
-            hidden_size=self.config.hidden_size,
-            intermediate_size=getattr(self.config, "intermediate_size", None)
-            or getattr(self.config, "n_inner", None)
-            or 4 * self.config.hidden_size,
-            vocab_size=self.config.vocab_size,
-            n_heads=self.config.num_attention_heads,
+            self.shape,
             base_bytes_per_param=bytes_per_param,
-            base_weights_bytes=self.weights_bytes(selection.quantize, bytes_per_param),
+            base_weights_bytes=weights_bytes(in_memory, selection.quantize, bytes_per_param),
             rows=rows,
             tokens=tokens,
             checkpointing=checkpointing,

@@ -23,6 +23,7 @@ from torch import Tensor
 import wire
 from gpu_service.artifacts import atomic_file
 from gpu_service.cache import Whole
+from gpu_service.costs import LEAST_GAIN_S
 from gpu_service.data import TokenStore
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device
@@ -32,7 +33,6 @@ from gpu_service.rows import Rows
 FORMAT = 1  # of the files; raised when the same key would name other numbers
 STATES, DESCRIPTION = "states", "meta.json"
 SPARE_BYTES = 2**30  # of the disk: never taken
-LEAST_GAIN_S = 2.0  # below it the cache is not worth its bytes, and timing would decide by chance
 GROUP_BYTES = 2**30  # of hidden states in memory while layers are read one after another
 
 Stage = tuple[int, int, Rows]  # layers `first` to `last - 1` (0, 0: the embedding), and who holds their weights

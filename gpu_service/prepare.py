@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterator
 import torch
 
 import wire
+from gpu_service import costs, prefix, train
 from gpu_service import decoder as decoders
-from gpu_service import prefix, train
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, OutOfMemory
@@ -60,7 +60,7 @@ def _beside(
     job: train.Job, base: Base, decoder: Decoder, device: Device, shelf: Shelf
 ) -> Generator[Chosen | Working, None, Prefixes]:
     sets, plan = data_sets(job, device), job.plan
-    stages = prefix.resident(Rows(base.weights, quantized=base.quantized), job.selection.lowest_layer)
+    stages = prefix.resident(Rows(base.weights, quantized=base.quantized, dropout=True), job.selection.lowest_layer)
     if _begins_below(job):
         chosen = Chosen(False, "the tuned model that it begins at changes the frozen layers")
     else:
@@ -120,7 +120,7 @@ def from_checkpoint(source: Source, device: Device, quantize: wire.Quantize, cut
 
     def part(only: Callable[[TensorInfo], bool]) -> Rows:
         base = read_base(source, device, quantize, only)
-        return Rows(base.weights, quantized=base.quantized)
+        return Rows(base.weights, quantized=base.quantized, dropout=True)
 
     def stages() -> Iterator[prefix.Stage]:
         yield 0, 0, part(lambda t: t.belongs_to("embed"))
@@ -132,5 +132,5 @@ def from_checkpoint(source: Source, device: Device, quantize: wire.Quantize, cut
 
 def trained_weights(job: train.Job) -> Callable[[TensorInfo], bool]:
     """What a streamed run holds: everything from the lowest trained layer upwards, and the head."""
-    lowest, head = job.selection.lowest_layer, "embed" if job.source.tied else "head"
-    return lambda t: t.part in (head, "norm.final") or (t.layer is not None and t.layer >= lowest)
+    names = {t.name for t in costs.held(job.source.tensors, job.selection, tied=job.source.tied)}
+    return lambda t: t.name in names

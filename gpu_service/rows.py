@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_service import fused
+from gpu_service.costs import HEAD_CHUNK_TOKENS
 from gpu_service.lora import Lora
 from gpu_service.products import Product, plain
 from gpu_service.quantize import Quantized
@@ -140,7 +141,7 @@ class Rows:
         plain = self._is_frozen(head) and f"{head}.weight" not in (*self._lora, *self._shared)
         if not (self.dropout and plain) or f"{head}.bias" in self._weights:
             return None
-        return fused.cross_entropy(h, self._weights[f"{head}.weight"], labels, fused.HEAD_CHUNK_TOKENS)
+        return fused.cross_entropy(h, self._weights[f"{head}.weight"], labels, HEAD_CHUNK_TOKENS)
 
     def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """y (B, T, out), which has the bias in it already."""

@@ -20,6 +20,7 @@ from gpu_service import optimizer as optimizers
 from gpu_service import trainable
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Attention, Packed, Whole
+from gpu_service.costs import TRAINED_HEAD_CHUNK_TOKENS
 from gpu_service.course import EXPLODED, Course
 from gpu_service.data import Batch, TokenStore, epoch_order
 from gpu_service.decoder import Decoder
@@ -34,8 +35,6 @@ from gpu_service.prefix import Prefix, Prefixes
 from gpu_service.probe import Ready, fit
 from gpu_service.rows import Rows
 from gpu_service.samples import Prompt, answers
-
-LOSS_CHUNK_TOKENS = 1024  # labelled tokens whose logits are held at once: (1024, 49152) fp32 is 200 MB
 
 
 class Diverged(BadRequest):
@@ -328,7 +327,7 @@ def summed_loss(
     *,
     below: Tensor | None = None,
     checkpointing: bool = False,
-    chunk_tokens: int = LOSS_CHUNK_TOKENS,
+    chunk_tokens: int = TRAINED_HEAD_CHUNK_TOKENS,
 ) -> Tensor:
     """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from gpu_service import layers
-from gpu_service.costs import Estimate, estimate, summary, weights_bytes
+from gpu_service.costs import Estimate, Shape, estimate, summary, weights_bytes
 from gpu_service.errors import BadRequest, GpuError, NoSuchLayer, NotYet, UnsupportedModel
 from gpu_service.layers import TensorInfo, llama_tensors, select
 from wire import LAYERS_PATTERN, LayerSpec
@@ -282,10 +282,15 @@ def test_the_lowest_layer_is_the_number_of_layers_when_only_norm_or_head_is_trai
 
 def costs(spec: LayerSpec, rows: int = 4, tokens: int = 16) -> Estimate:
     found = select(LLAMA, [spec], tied=False)
+    shape = Shape(H, INNER, V, 2, gated=True, attention_dropout=False, tied=False)
     return estimate(
-        found, n_layers=N, hidden_size=H, intermediate_size=INNER, vocab_size=V, n_heads=2,
-        base_bytes_per_param=2, base_weights_bytes=weights_bytes(LLAMA, spec.quantize, 2), rows=rows, tokens=tokens,
-    )  # fmt: skip
+        found,
+        shape,
+        base_bytes_per_param=2,
+        base_weights_bytes=weights_bytes(LLAMA, spec.quantize, 2),
+        rows=rows,
+        tokens=tokens,
+    )
 
 
 def test_an_estimate_counts_weights_in_base_precision_and_training_in_fp32() -> None:
