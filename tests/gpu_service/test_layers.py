@@ -331,6 +331,7 @@ def test_the_description_lists_every_tensor_once_by_layer() -> None:
         "shape": [H, H],
         "part": "attn.q",
         "parameters": H * H,
+        "linear": True,
     }
 
 
