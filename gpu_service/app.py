@@ -60,7 +60,7 @@ class Parts:
 
 
 def create_app(parts: Parts) -> FastAPI:
-    app = FastAPI(title="I'm Fine gpu", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="I'm Fine gpu", docs_url=None, redoc_url=None)
     routes = _Routes(parts)
     app.add_api_route("/healthz", routes.healthz, methods=["GET"])
     app.add_api_route("/metrics", routes.metrics, methods=["GET"])

@@ -22,6 +22,7 @@ from huggingface_hub.utils import disable_progress_bars
 import logs
 import wire
 from gpu_service import device as devices
+from gpu_service import openapi
 from gpu_service import tunnel as tunnels
 from gpu_service.app import Parts, Tuned, create_app
 from gpu_service.artifacts import BlobCache, atomic_file
@@ -168,6 +169,7 @@ class Service:
                     tuned=lambda model: tuned(model, link, cache),
                 )
             )
+            openapi.truthful(app)
             server = Server(
                 uvicorn.Config(
                     app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S, lifespan="off"

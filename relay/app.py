@@ -39,6 +39,7 @@ from relay.limits import Limits
 from relay.lines import Lines
 from relay.metrics import Metrics
 from relay.models import Models
+from relay.openapi import truthful
 from relay.outbox import Outbox
 from relay.page import Page
 from relay.passwords import Passwords
@@ -230,6 +231,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.include_router(api_ui.router(ui))
     app.include_router(api_admin.router(ui))
     app.include_router(api_ops.router(api_ops.OpsApi(Health(store, settings, stopping), vitals, sessions, settings)))
+    truthful(app)
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)
     app.add_exception_handler(HTTPException, _render_http)

@@ -1,0 +1,105 @@
+"""What /openapi.json says is true: schemathesis asks every route of real processes, and finds no fault and no surprise.
+
+As the admin, as a plain user and as nobody; a fixed seed, few examples a route. Names of models, files and jobs are
+those that exist, or next to nothing would get past 404. https://schemathesis.readthedocs.io/
+"""
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import PIPE, STDOUT
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.chaos.world import World
+from tests.conftest import TINY
+from tests.relay.conftest import CHAT_ROW
+
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+OPTIONS = ["--checks", CHECKS, "--seed", "4", "--generation-database", "none"]
+QUIET = ["--request-timeout", "60", "--warnings", "off", "--no-color", "--max-failures", "10"]
+EXAMPLES = 6
+ALL, FUZZING = ("--phases", "coverage,fuzzing"), ("--phases", "fuzzing")  # the first: each way to be wrong, one by one
+MOST_S = 900.0
+SIGNED = "^/gpu/(?!enrol)|^/challenge"  # without a signature each is 401 in the same way
+
+Names = Mapping[str, list[str]]
+
+
+def narrowed(found: Any, names: Names) -> Any:
+    """Parameters and fields of these names take what exists, or something that does not."""
+    if isinstance(found, list):
+        return [narrowed(part, names) for part in found]
+    if not isinstance(found, dict):
+        return found
+    if found.get("in") in ("path", "query") and found["name"] in names:
+        return {**found, "schema": {"enum": names[found["name"]]}}
+    made = {key: narrowed(part, names) for key, part in found.items()}
+    if isinstance(fields := made.get("properties"), dict):
+        made["properties"] = {key: {"enum": names[key]} if key in names else part for key, part in fields.items()}
+    return made
+
+
+async def ask(url: str, folder: Path, key: str | None, names: Names, *more: str, examples: int = EXAMPLES) -> None:
+    async with httpx2.AsyncClient(trust_env=False, timeout=60) as http:
+        described = (await http.get(f"{url}/openapi.json")).json()
+    await asyncio.to_thread(folder.mkdir)
+    await asyncio.to_thread((folder / "openapi.json").write_text, json.dumps(narrowed(described, names)))
+    headers = ["--header", f"Authorization: Bearer {key}"] if key else []
+    arguments = [
+        "run",
+        "openapi.json",
+        "--url",
+        url,
+        *headers,
+        *OPTIONS,
+        *QUIET,
+        "--max-examples",
+        str(examples),
+        *more,
+    ]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "schemathesis.cli", *arguments), cwd=folder, stdout=PIPE, stderr=STDOUT
+    )
+    async with asyncio.timeout(MOST_S):
+        out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()[-12_000:]
+    assert " 0 passed" not in out.decode()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(world: World, tmp_path: Path) -> None:
+    await world.gpu("first")
+    await world.until_reachable("first")
+    url = world.relay.url
+    bob = (await world.http.post("/api/keys", json={"user": "bob"})).json()["key"]
+    for who, key in (("admin", world.relay.secret("admin.key")), ("bob", bob)):
+        async with world.client(key) as client:
+            file = await client.files.create(file=("rows.jsonl", CHAT_ROW.encode() * 3), purpose="fine-tune")
+            job = await client.fine_tuning.jobs.create(model=TINY, training_file=file.id)
+        names = {"model": [TINY], "model_id": [TINY, "none"], "job_id": [job.id, "none"], "training_file": [file.id]}
+        names |= {"file_id": [file.id, "none"], "gpu_id": [(await world.listed("first"))["id"], "none"]}
+        unless = f"{SIGNED}|^/api/me" if who == "bob" else SIGNED  # or he would delete himself
+        phases = FUZZING if who == "bob" else ALL
+        await ask(url, tmp_path / who, key, names, *phases, "--exclude-path-regex", unless)
+    await ask(url, tmp_path / "nobody", None, {}, *FUZZING, examples=1)
+    assert (await world.http.get("/readyz")).status_code == 200
+    assert '"level": "error"' not in world.relay.log
+    assert '"level": "error"' not in world.gpus["first"].log()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+async def test_a_gpus_openapi_is_true_with_its_key_and_without(world: World, tmp_path: Path) -> None:
+    key = "sk-gpu-of-the-schema-test"
+    gpu = await world.gpu("first", GPU_KEY=key)
+    await world.until_reachable("first")
+    names = {"model": [TINY, "none"]}
+    await ask(gpu.url, tmp_path / "key", key, names, *ALL, "--exclude-path-regex", SIGNED)
+    await ask(gpu.url, tmp_path / "nobody", None, names, *FUZZING, examples=1)
+    assert '"level": "error"' not in gpu.log()
