@@ -33,6 +33,11 @@ UPLOAD = {
     "required": ["purpose", "file"],
     "properties": {"purpose": {"const": "fine-tune"}, "file": {"type": "string", "format": "binary"}},
 }
+IMPORT = {
+    "type": "object",
+    "required": ["model", "file"],
+    "properties": {"model": TEXT, "suffix": TEXT, "file": {"type": "string", "format": "binary"}},
+}
 BINARY = {"type": "string", "format": "binary"}
 ANSWERS = (JSON, STREAM)
 GOT = Doc((*COUNTED, *FOUND))  # one of one's own
@@ -53,6 +58,8 @@ TABLE: Final[Table] = {
     ("GET", "/v1/models/{model_id}/layers"): Doc((*COUNTED, *FOUND, 502)),
     ("GET", "/v1/models/{model_id}"): GOT,
     ("DELETE", "/v1/models/{model_id}"): GOT,
+    ("POST", "/v1/models/import"): Doc((*COUNTED, *BODY, 404, 507), IMPORT, "multipart/form-data"),
+    ("GET", "/v1/models/{model_id}/export"): Doc((*COUNTED, *FOUND), answers=("application/zip",)),
     ("POST", "/v1/layers/preview"): Doc((*COUNTED, *BODY, 404, 502), PREVIEW),
     ("POST", FILES): Doc((*COUNTED, *BODY, 507), UPLOAD, "multipart/form-data"),
     ("GET", FILES): LISTED,
