@@ -90,7 +90,7 @@ def _error(status: int) -> dict[str, Any]:
 
 def _answer(response: dict[str, Any], types: Sequence[str]) -> None:
     known = response.get("content", {}).get(JSON, {}).get("schema")
-    shapes = {JSON: {"schema": known or {"type": "object"}}, STREAM: {"schema": {"type": "string"}}}
+    shapes = {JSON: {"schema": known or {"type": "object"}}}  # what a stream's events hold, docs/api.md says
     if not types:
         response.pop("content", None)
         return
