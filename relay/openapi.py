@@ -6,7 +6,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 
 import wire
-from relay import api_admin, api_ui, api_webhooks, shapes
+from relay import api_admin, api_data, api_ui, api_webhooks, shapes
 from schema import BYTES, JSON, STREAM, Doc, Table, document
 
 USER = (401, 403, 503)  # whoever signs in
@@ -66,6 +66,9 @@ TABLE: Final[Table] = {
     ("GET", FILE): GOT,
     ("DELETE", FILE): GOT,
     ("GET", f"{FILE}/content"): Doc((*COUNTED, *FOUND), answers=(BYTES,)),
+    ("GET", f"{FILE}/report"): Doc((*COUNTED, *FOUND, 502)),
+    ("POST", "/api/datasets"): Doc((*COUNTED, *BODY, 507), api_data.NewDataset),
+    ("POST", "/api/datasets/{dataset_id}/rows"): Doc((*COUNTED, *BODY, 404, 409, 507), api_data.NewRows),
     ("POST", JOBS): Doc((*COUNTED, *BODY, 404, 507), shapes.JobRequest),
     ("GET", JOBS): LISTED,
     ("GET", JOB): GOT,
