@@ -19,6 +19,7 @@ TABLE: Final[Table] = {
     ("GET", "/v1/models/{model}/layers"): Doc(FOUND),
     ("GET", "/v1/models/{model}"): Doc(FOUND),
     ("POST", "/v1/layers/preview"): Doc(FOUND, bodies.PreviewBody),
+    ("POST", "/v1/data/report"): Doc(FOUND, data),
     ("POST", "/v1/chat/completions"): Doc(GENERATES, bodies.ChatBody, answers=(JSON, STREAM)),
     ("POST", "/v1/completions"): Doc(GENERATES, bodies.CompletionBody, answers=(JSON, STREAM)),
 }
