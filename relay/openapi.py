@@ -23,6 +23,7 @@ GENERATION: Final[Mapping[str, Any]] = {
 }
 CHAT = {**GENERATION, "properties": {**GENERATION["properties"], "messages": {"type": "array"}}}
 COMPLETION = {**GENERATION, "properties": {**GENERATION["properties"], "prompt": TEXT}}
+PICTURES = {**GENERATION, "properties": {"model": TEXT, "prompt": TEXT, "stream": {"type": ["boolean", "null"]}}}
 PREVIEW = {
     "type": "object",
     "required": ["model"],
@@ -54,6 +55,7 @@ HAS_BLOB, PUT_BLOB = Doc((400, 401, 404, 409, 503), answers=()), Doc((*GPU, 507)
 TABLE: Final[Table] = {
     ("POST", "/v1/chat/completions"): Doc(GENERATES, CHAT, answers=ANSWERS),
     ("POST", "/v1/completions"): Doc(GENERATES, COMPLETION, answers=ANSWERS),
+    ("POST", "/v1/images/generations"): Doc(GENERATES, PICTURES, answers=ANSWERS),
     ("GET", "/v1/models"): Doc(COUNTED),
     ("GET", "/v1/models/{model_id}/layers"): Doc((*COUNTED, *FOUND, 502)),
     ("GET", "/v1/models/{model_id}"): GOT,
