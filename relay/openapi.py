@@ -39,6 +39,7 @@ IMPORT = {
     "required": ["model", "file"],
     "properties": {"model": TEXT, "suffix": TEXT, "file": {"type": "string", "format": "binary"}},
 }
+SIGN_IN = {"anyOf": [api_ui.SignIn.model_json_schema(), api_ui.SignInByPassword.model_json_schema()]}
 BINARY = {"type": "string", "format": "binary"}
 ANSWERS = (JSON, STREAM)
 GOT = Doc((*COUNTED, *FOUND))  # one of one's own
@@ -79,7 +80,7 @@ TABLE: Final[Table] = {
     ("GET", f"{JOB}/report"): GOT,
     ("GET", f"{JOB}/report.html"): Doc((*COUNTED, *FOUND), answers=("text/html",)),
     ("POST", f"{JOB}/pause"): Doc((*COUNTED, *FOUND, 409)),
-    ("POST", f"{JOB}/resume"): Doc((*COUNTED, *FOUND, 409)),
+    ("POST", f"{JOB}/resume"): Doc((*COUNTED, *BODY, 404, 409), shapes.Resume, needs_body=False),
     ("POST", f"{JOB}/cancel"): Doc((*COUNTED, *FOUND, 409)),
     ("POST", HOOKS): Doc((*COUNTED, *BODY), api_webhooks.NewWebhook),
     ("GET", HOOKS): LISTED,
@@ -100,7 +101,7 @@ TABLE: Final[Table] = {
     ("POST", f"{ON_GPU}/release"): Doc(GPU, wire.Release),
     ("GET", "/gpu/blobs/{sha256}"): Doc((400, 401, 404, 503), answers=(BYTES,)),
     ("GET", "/gpu/models/{model_id}"): Doc((400, 401, 404, 503)),
-    ("POST", "/api/session"): Doc((*USER, *BODY, 429), api_ui.SignIn, open=True),
+    ("POST", "/api/session"): Doc((*USER, *BODY, 429), SIGN_IN, open=True),
     ("DELETE", "/api/session"): Doc((403, 503), open=True),
     ("GET", "/api/me"): ADMIN,
     ("DELETE", "/api/me"): Doc((*USER, *BODY, 429), api_ui.Confirm, needs_body=False),

@@ -17,6 +17,7 @@ import pytest
 
 from tests.chaos.world import World
 from tests.conftest import TINY
+from tests.gpu_service import tiny_sd
 from tests.relay.conftest import CHAT_ROW
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
@@ -26,6 +27,7 @@ CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "3xx", "4xx",
 EXAMPLES = 6
 ALL, FUZZING = ("--phases", "coverage,fuzzing"), ("--phases", "fuzzing")  # the first: each way to be wrong, one by one
 MOST_S = 900.0
+MODELS = [TINY, tiny_sd.NAME]
 SIGNED = "^/gpu/(?!enrol)|^/challenge"  # without a signature each is 401 in the same way
 
 Names = Mapping[str, list[str]]
@@ -43,6 +45,12 @@ def narrowed(found: Any, names: Names) -> Any:
     if isinstance(fields := made.get("properties"), dict):
         made["properties"] = {key: {"enum": names[key]} if key in names else part for key, part in fields.items()}
     return made
+
+
+@pytest.fixture
+def models(tiny_dir: Path, tmp_path: Path) -> str:
+    """One that writes and one that draws."""
+    return f"{TINY}={tiny_dir},{tiny_sd.NAME}={tiny_sd.make(tmp_path / tiny_sd.NAME)}"
 
 
 async def ask(url: str, folder: Path, key: str | None, names: Names, *more: str, examples: int = EXAMPLES) -> None:
@@ -75,8 +83,10 @@ async def ask(url: str, folder: Path, key: str | None, names: Names, *more: str,
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(world: World, tmp_path: Path) -> None:
-    await world.gpu("first")
+async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(
+    world: World, tmp_path: Path, models: str
+) -> None:
+    await world.gpu("first", GPU_MODELS=models)
     await world.until_reachable("first")
     url = world.relay.url
     bob = (await world.http.post("/api/keys", json={"user": "bob"})).json()["key"]
@@ -84,7 +94,7 @@ async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(world:
         async with world.client(key) as client:
             file = await client.files.create(file=("rows.jsonl", CHAT_ROW.encode() * 3), purpose="fine-tune")
             job = await client.fine_tuning.jobs.create(model=TINY, training_file=file.id)
-        names = {"model": [TINY], "model_id": [TINY, "none"], "job_id": [job.id, "none"], "training_file": [file.id]}
+        names = {"model": MODELS, "model_id": [*MODELS, "none"], "job_id": [job.id, "none"], "training_file": [file.id]}
         names |= {"file_id": [file.id, "none"]}  # the gpu's own is not told: it would be drained
         unless = f"{SIGNED}|^/api/me" if who == "bob" else SIGNED  # or he would delete himself
         phases = FUZZING if who == "bob" else ALL
@@ -97,11 +107,11 @@ async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(world:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-async def test_a_gpus_openapi_is_true_with_its_key_and_without(world: World, tmp_path: Path) -> None:
+async def test_a_gpus_openapi_is_true_with_its_key_and_without(world: World, tmp_path: Path, models: str) -> None:
     key = "sk-gpu-of-the-schema-test"
-    gpu = await world.gpu("first", GPU_KEY=key)
+    gpu = await world.gpu("first", GPU_KEY=key, GPU_MODELS=models)
     await world.until_reachable("first")
-    names = {"model": [TINY, "none"]}
+    names = {"model": [*MODELS, "none"]}
     await ask(gpu.url, tmp_path / "key", key, names, *ALL, "--exclude-path-regex", SIGNED)
     await ask(gpu.url, tmp_path / "nobody", None, names, *FUZZING, examples=1)
     assert '"level": "error"' not in gpu.log()
