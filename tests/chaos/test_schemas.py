@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from relay.sessions import PAGE_HEADER
 from tests.chaos.world import World
 from tests.conftest import TINY
 from tests.gpu_service import tiny_sd
@@ -25,12 +26,47 @@ OPTIONS = ["--checks", CHECKS, "--seed", "4", "--generation-database", "none"]
 QUIET = ["--request-timeout", "60", "--warnings", "off", "--no-color", "--max-failures", "10"]
 CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", 502, 503, 507]\n'  # which are told of
 EXAMPLES = 6
-ALL, FUZZING = ("--phases", "coverage,fuzzing"), ("--phases", "fuzzing")  # the first: each way to be wrong, one by one
+RIGHT, WRONG, MADE_UP = "examples", "coverage", "fuzzing"  # its phases; in the second each way to be wrong, in turn
 MOST_S = 900.0
 MODELS = [TINY, tiny_sd.NAME]
 SIGNED = "^/gpu/(?!enrol)|^/challenge"  # without a signature each is 401 in the same way
 
 Names = Mapping[str, list[str]]
+Bodies = Mapping[str, list[dict[str, Any]]]
+
+ROW = json.loads(CHAT_ROW)
+CHAT = {"model": TINY, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+COMPLETION = {"model": TINY, "prompt": "Hello", "max_tokens": 2}
+PICTURE = {"model": tiny_sd.NAME, "prompt": "a heart", "steps": 2}
+# What ought to be answered with 200, by route: what is made up alone seldom is.
+ON_BOTH: Bodies = {
+    "/v1/chat/completions": [CHAT, {**CHAT, "stream": True}],
+    "/v1/completions": [COMPLETION, {**COMPLETION, "stream": True}],
+    "/v1/images/generations": [PICTURE, {**PICTURE, "stream": True}],
+    "/v1/layers/preview": [{"model": TINY, "layers": [{"layers": "1"}]}],
+}
+ON_GPU: Bodies = {**ON_BOTH, "/v1/data/report": [{"model": TINY, "rows": [{"line": 1, "row": ROW}]}]}
+ON_RELAY: Bodies = {
+    **ON_BOTH,
+    "/api/datasets": [{"name": "rows", "rows": [ROW]}],
+    "/api/datasets/{dataset_id}/rows": [{"rows": [ROW]}],
+    "/api/generations": [{"kind": "chat", "body": CHAT}],
+    "/v1/webhook_endpoints": [{"url": "http://127.0.0.1:9/"}],
+}
+
+
+def exemplified(described: dict[str, Any], bodies: Bodies) -> dict[str, Any]:
+    """With these bodies as examples."""
+    for path, values in bodies.items():
+        content = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        content["examples"] = {str(number): {"value": value} for number, value in enumerate(values)}
+    return described
+
+
+def answered(log: str) -> set[str]:
+    """The routes of POST requests that succeeded."""
+    lines = [json.loads(line) for line in log.splitlines() if '"method": "POST"' in line and '"status": 200' in line]
+    return {line["route"] for line in lines}
 
 
 def narrowed(found: Any, names: Names) -> Any:
@@ -53,13 +89,23 @@ def models(tiny_dir: Path, tmp_path: Path) -> str:
     return f"{TINY}={tiny_dir},{tiny_sd.NAME}={tiny_sd.make(tmp_path / tiny_sd.NAME)}"
 
 
-async def ask(url: str, folder: Path, key: str | None, names: Names, *more: str, examples: int = EXAMPLES) -> None:
+async def ask(
+    url: str,
+    folder: Path,
+    key: str | None,
+    names: Names,
+    phases: str,
+    *more: str,
+    bodies: Bodies | None = None,
+    examples: int = EXAMPLES,
+) -> None:
     async with httpx2.AsyncClient(trust_env=False, timeout=60) as http:
         described = (await http.get(f"{url}/openapi.json")).json()
     await asyncio.to_thread(folder.mkdir)
     await asyncio.to_thread((folder / "schemathesis.toml").write_text, CONFIG)
-    await asyncio.to_thread((folder / "openapi.json").write_text, json.dumps(narrowed(described, names)))
-    headers = ["--header", f"Authorization: Bearer {key}"] if key else []
+    asked = exemplified(narrowed(described, names), bodies or {})
+    await asyncio.to_thread((folder / "openapi.json").write_text, json.dumps(asked))
+    headers = ["--header", f"{PAGE_HEADER}: 1", *(["--header", f"Authorization: Bearer {key}"] if key else [])]
     arguments = [
         "run",
         "openapi.json",
@@ -68,6 +114,8 @@ async def ask(url: str, folder: Path, key: str | None, names: Names, *more: str,
         *headers,
         *OPTIONS,
         *QUIET,
+        "--phases",
+        phases,
         "--max-examples",
         str(examples),
         *more,
@@ -95,13 +143,15 @@ async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(
             file = await client.files.create(file=("rows.jsonl", CHAT_ROW.encode() * 3), purpose="fine-tune")
             job = await client.fine_tuning.jobs.create(model=TINY, training_file=file.id)
         names = {"model": MODELS, "model_id": [*MODELS, "none"], "job_id": [job.id, "none"], "training_file": [file.id]}
-        names |= {"file_id": [file.id, "none"]}  # the gpu's own is not told: it would be drained
+        names |= {"dataset_id": [file.id], "file_id": [file.id, "none"]}  # no gpu_id, or it would be drained
         unless = f"{SIGNED}|^/api/me" if who == "bob" else SIGNED  # or he would delete himself
-        phases = FUZZING if who == "bob" else ALL
-        await ask(url, tmp_path / who, key, names, *phases, "--exclude-path-regex", unless)
-    await ask(url, tmp_path / "nobody", None, {}, *FUZZING, examples=1)
+        await ask(url, tmp_path / f"{who}-right", key, names, RIGHT, bodies=ON_RELAY)
+        phases = MADE_UP if who == "bob" else f"{WRONG},{MADE_UP}"
+        await ask(url, tmp_path / who, key, names, phases, "--exclude-path-regex", unless)
+    await ask(url, tmp_path / "nobody", None, {}, MADE_UP, examples=1)
     assert (await world.http.get("/readyz")).status_code == 200
     assert '"level": "error"' not in world.relay.log
+    assert answered(world.relay.log) >= ON_RELAY.keys()
     assert '"level": "error"' not in world.gpus["first"].log()
 
 
@@ -112,6 +162,8 @@ async def test_a_gpus_openapi_is_true_with_its_key_and_without(world: World, tmp
     gpu = await world.gpu("first", GPU_KEY=key, GPU_MODELS=models)
     await world.until_reachable("first")
     names = {"model": [*MODELS, "none"]}
-    await ask(gpu.url, tmp_path / "key", key, names, *ALL, "--exclude-path-regex", SIGNED)
-    await ask(gpu.url, tmp_path / "nobody", None, names, *FUZZING, examples=1)
+    await ask(gpu.url, tmp_path / "right", key, {}, RIGHT, bodies=ON_GPU)
+    await ask(gpu.url, tmp_path / "key", key, names, f"{WRONG},{MADE_UP}", "--exclude-path-regex", SIGNED)
+    await ask(gpu.url, tmp_path / "nobody", None, names, MADE_UP, examples=1)
     assert '"level": "error"' not in gpu.log()
+    assert answered(gpu.log()) >= ON_GPU.keys()
