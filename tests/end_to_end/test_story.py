@@ -131,7 +131,7 @@ def test_every_refusal_has_the_one_shape_and_says_what_to_do(story: Story) -> No
         (http.post("/v1/chat/completions", json={**chat, "dials": {"attn": "loud"}}), 400, "attn"),
         (http.post("/v1/completions", json={"model": story.base, "prompt": "word " * 9000}), 400, "8,192"),
         (http.post("/v1/fine_tuning/jobs", json={**good, "layers": {"layers": "30"}}), 400, "layers 0-29"),
-        (http.post("/v1/fine_tuning/jobs", json={**good, "layers": {"method": "dora"}}), 400, "dora"),
+        (http.post("/v1/fine_tuning/jobs", json={**good, "layers": {"parts": ["attn.cross"]}}), 400, "attn.cross"),
         (http.post("/v1/fine_tuning/jobs", json={**good, "training_file": "file-none"}), 404, "file-none"),
         (http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("r.jsonl", bad_rows)}), 400, "line 3"),
         (http.get("/v1/fine_tuning/jobs/ftjob-none"), 404, "ftjob-none"),
