@@ -269,7 +269,8 @@ async def test_a_preview_with_a_data_set_tells_the_time_and_the_pause_for_chat(g
     await gpu.http.post("/v1/completions", json={"model": TINY, "prompt": "Once", "max_tokens": 1})  # it is loaded now
 
     async def ask(**more: Any) -> dict[str, Any]:
-        asked = {"model": TINY, "layers": {"method": "full", "parts": ["attn"], "layers": "2-3"}, **more}
+        # From the lowest layer on: nothing is frozen below, whose output would be computed once for all epochs.
+        asked = {"model": TINY, "layers": {"method": "full", "parts": ["attn"], "layers": "all"}, **more}
         return (await gpu.http.post("/v1/layers/preview", json=asked)).json()  # type: ignore[no-any-return]
 
     data = {"rows": 1000, "bytes": 200_000}
