@@ -46,7 +46,7 @@ def page_built() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # its driver keeps an event loop running, in which no asynchronous test can start
 def chromium() -> Iterator[Browser]:
     path = program("chromium", "chromium-browser", "google-chrome")
     expect.set_options(timeout=20_000)  # a machine that does other things too
