@@ -11,14 +11,13 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 import wire
 from gpu_service import decoder as decoders
 from gpu_service import device as devices
-from gpu_service import fused, layers, models, prepare, train
+from gpu_service import layers, models, prepare, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.prefix import Chosen, Shelf
@@ -30,8 +29,8 @@ def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(spec["threads"])
     if spec.get("like_for_like"):
-        patch.object(fused, "prefers_onednn", lambda: False).start()  # both sides as torch multiplies by itself
-    onednn = devices.prefers_onednn() and not spec.get("like_for_like")
+        torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]  # as torch multiplies by itself
+    onednn = devices.prefers_onednn() and torch.backends.mkldnn.enabled
     device = devices.choose(Settings(device="cpu", precision=spec["precision"]))
     source = models.find(spec["model"])
     selection = layers.select(

@@ -14,8 +14,8 @@ from gpu_service.device import prefers_onednn
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, in) by a weight (out, in), in whichever library multiplies fp32 faster here."""
-    if x.dtype is torch.float32 and x.device.type == "cpu" and prefers_onednn():
+    """x (N, in) by a weight (out, in), in whichever library multiplies fp32 faster here; oneDNN may be switched off."""
+    if x.dtype is torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled and prefers_onednn():
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
     return F.linear(x, weight, bias)
