@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, expect
 
 from demo.model import NAME
 from tests.browser.conftest import QUESTION, Stack
-from tests.browser.visit import LANGUAGES, SLOW_MS, WIDTHS, visiting
+from tests.browser.visit import ANSWERED, LANGUAGES, SLOW_MS, WIDTHS, visiting
 from tests.end_to_end.stack import Gpu, Relay, running
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
@@ -44,7 +44,7 @@ def test_every_screen(chromium: Browser, stack: Stack, pictures: Path, language:
             page.keyboard.press("Escape")
             expect(page.get_by_role("slider")).to_have_count(0)
         visit.ask(QUESTION)
-        expect(page.locator("article p").first).not_to_be_empty(timeout=SLOW_MS)
+        expect(page.locator(ANSWERED).first).not_to_be_empty(timeout=SLOW_MS)
         visit.look(picture("writing"))
         visit.stop()
         visit.look(picture("stopped"))
@@ -114,7 +114,7 @@ def test_from_a_refused_file_to_a_tuned_models_answer(
         page.get_by_role("link", name="Chat with it").click()
         visit.ask("Ahoy?")
         expect(page.locator("article").get_by_text(re.compile(r"^matey · "))).to_be_visible()
-        expect(page.locator("article p").first).not_to_be_empty(timeout=SLOW_MS)
+        expect(page.locator(ANSWERED).first).not_to_be_empty(timeout=SLOW_MS)
         visit.look(pictures / "tuned.png")
         page.locator('nav a[href="/training"]').click()
         expect(page.get_by_role("link", name=re.compile("matey"))).to_be_visible()
@@ -175,7 +175,7 @@ def test_dials_by_keyboard_reach_the_gpu_and_stand_beside_the_answer(chromium: B
         expect(eps).to_have_attribute("aria-valuetext", "10,000×")
         visit.ask(QUESTION)
         expect(page.locator("article").get_by_text("ATTN 1.10×")).to_be_visible()
-        expect(page.locator("article p").first).not_to_be_empty(timeout=SLOW_MS)
+        expect(page.locator(ANSWERED).first).not_to_be_empty(timeout=SLOW_MS)
         visit.stop()
         assert sent[0]["body"]["dials"] == {"eps": 10_000, "attn": 1.1}
         visit.button("Reset all").click()
@@ -214,7 +214,7 @@ def test_a_question_waits_for_a_gpu_through_a_reload_and_is_answered(
         page.reload()
         expect(page.get_by_text("Waiting for a GPU · place 1")).to_be_visible(timeout=SLOW_MS)
         with running(gpu):
-            expect(page.locator("article p").first).not_to_be_empty(timeout=2 * SLOW_MS)
+            expect(page.locator(ANSWERED).first).not_to_be_empty(timeout=2 * SLOW_MS)
             visit.stop()
             expect(page.get_by_text(re.compile("^Stopped"))).to_be_visible()
         visit.faults.clear()  # a request that the reload cut off may be named

@@ -10,6 +10,7 @@ import pytest
 
 from tests.browser.conftest import QUESTION, Stack, program
 from tests.browser.engines import Engine, firefox, webkit
+from tests.browser.visit import ANSWERED
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -53,7 +54,7 @@ async def test_a_first_visit(engine: Engine, stack: Stack, pictures: Path, reque
     await click(engine, "button[type=submit]")
     await write(engine, "main form textarea", QUESTION)
     await click(engine, "main form button[type=submit]")
-    await appears(engine, "document.querySelector('article p')?.textContent.length > 10", 120)
+    await appears(engine, f"document.querySelector('{ANSWERED}')?.textContent.length > 10", 120)
     await engine.picture(pictures / f"{name}-writing.png")
     await click(engine, "main form button")
     await appears(engine, "document.querySelector('article [aria-busy=false]')")

@@ -12,7 +12,7 @@ import torch
 from playwright.sync_api import Browser, expect
 
 from tests.browser.conftest import QUESTION, Stack
-from tests.browser.visit import SLOW_MS, visiting
+from tests.browser.visit import ANSWERED, SLOW_MS, visiting
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -49,7 +49,7 @@ def test_an_answer_that_was_corrected_becomes_an_example(chromium: Browser, stac
         page = visit.page
         visit.sign_in()
         visit.ask(QUESTION)
-        expect(page.locator("article p").first).not_to_be_empty(timeout=SLOW_MS)
+        expect(page.locator(ANSWERED).first).not_to_be_empty(timeout=SLOW_MS)
         visit.stop()
         visit.button("Edit and keep").click()
         dialog = page.get_by_role("dialog")

@@ -193,7 +193,7 @@ async def test_training_killed_at_random_steps_across_gpus_ends_with_the_same_we
         def has_come_so_far(step: int = aim, found: list[dict[str, Any]] = holder) -> bool:
             query = "select gpus.name from jobs join gpus on gpus.id = jobs.gpu_id where jobs.id = ?"
             found[:] = world.rows(query, job_id)
-            return bool(found) and max(steps(world, job_id)) >= step
+            return bool(found) and max(steps(world, job_id), default=0) >= step
 
         await world.eventually(has_come_so_far)
         (gpu,) = (gpu for gpu in gpus if gpu.name == holder[0]["name"])
