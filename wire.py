@@ -8,6 +8,7 @@ import hmac
 import json
 import re
 import secrets
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -418,7 +419,7 @@ class SeenNonces:
 
     def __init__(self, window_s: float = SIGNATURE_WINDOW_S) -> None:
         self._window_s = window_s
-        self._expiry: dict[str, float] = {}  # insertion order is expiry order
+        self._expiry: OrderedDict[str, float] = OrderedDict()  # in order of expiry; a dict's first is slow to find
 
     def add(self, nonce: str, now: float) -> bool:
         """False if it was seen within the window."""

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import gc
 import getpass
 import logging
 import signal
@@ -36,6 +37,7 @@ from relay.store import Store
 KEEPALIVE_S = 75  # longer than nginx and most clients keep theirs, so that they are the first to let go
 STOP_S = 1  # what is still going on after this long is cut off
 BACKLOG = 2048
+COLLECT_AFTER = (5_000, 5, 1_000)  # new objects; collections of the generation before
 JOBS_SHOWN = 50
 ENTRIES_SHOWN = 100
 
@@ -51,6 +53,10 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # A full collection stops every stream: for 100 ms with all modules in it, for 30 ms with what 200 streams hold.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*COLLECT_AFTER)
         log.info(self._greeting)
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from relay import errors
 from relay.audit import COMMAND_LINE, By, note
+from relay.shared import Shared
 from relay.store import Clock, Store
 from relay.tables import key_rules, keys, users
 
@@ -103,6 +104,7 @@ class Accounts:
         self._store = store
         self._clock = clock
         self._remembered: dict[str, _Remembered] = {}  # by the key's hash
+        self._looks: Shared[tuple[str, int], _Remembered] = Shared()
         self._changes = 0  # of keys by this process: a look that began before one is not remembered
         self._used: dict[str, float] = {}  # key id -> when; not yet in the database
 
@@ -129,7 +131,7 @@ class Accounts:
         now = self._clock()
         held = self._remembered.get(sha256)
         if held is None or not 0 <= now - held.looked_at < REMEMBERED_S:  # a clock that was set back proves nothing
-            held = await self._look_up(sha256, now)
+            held = await self._looks.get((sha256, self._changes), lambda: self._look_up(sha256, now))
         if (ends := held.user.rules.expires_at) is not None and ends <= now:
             raise errors.InvalidKey("this API key has expired: make another on the page, or by 'keys create'")
         if held.last_used_at < now - LAST_USED_EVERY_S:

@@ -64,7 +64,7 @@ class OpenAIApi:
 
     async def user(self, request: Request, scope: Scope | None = None) -> User:
         """Counts as one request. Raises InvalidKey, Forbidden, MissingScope, RateLimited."""
-        user = await self.sessions.caller(request.headers, secure=request.url.scheme == "https")
+        user = await self.sessions.caller(request.headers, secure=request.scope["scheme"] == "https")
         request.state.user_id = user.id
         left = self.limits.take(user)
         request.state.headers = [(name.encode(), value.encode()) for name, value in left.items()]

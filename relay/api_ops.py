@@ -32,7 +32,7 @@ class OpsApi:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if token and scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode()):
             return
-        user = await self.sessions.caller(request.headers, secure=request.url.scheme == "https")
+        user = await self.sessions.caller(request.headers, secure=request.scope["scheme"] == "https")
         request.state.user_id = user.id
         if not user.is_admin:
             raise errors.Forbidden("only the admin reads metrics; RELAY_METRICS_TOKEN is a token for nothing else")

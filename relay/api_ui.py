@@ -111,7 +111,7 @@ class UiApi:
 
     async def user(self, request: Request, scope: Scope | None = None) -> User:
         """Raises InvalidKey, Forbidden, MissingScope."""
-        user = await self.sessions.caller(request.headers, secure=request.url.scheme == "https")
+        user = await self.sessions.caller(request.headers, secure=request.scope["scheme"] == "https")
         request.state.user_id = user.id
         if scope:
             user.need(scope)
@@ -190,7 +190,7 @@ def _session(routes: APIRouter, api: UiApi) -> None:
             await api.refused(request, None if isinstance(by, SignIn) else by.name)
             raise
         response = JSONResponse(_me(user))
-        secure = request.url.scheme == "https"
+        secure = request.scope["scheme"] == "https"
         name = cookie_name(request.headers, secure)
         response.set_cookie(name, token, int(SESSION_S), httponly=True, samesite="strict", secure=secure)
         return response
@@ -198,7 +198,7 @@ def _session(routes: APIRouter, api: UiApi) -> None:
     @routes.delete("/session")
     async def sign_out(request: Request) -> JSONResponse:
         check_same_site(request.headers)
-        secure = request.url.scheme == "https"
+        secure = request.scope["scheme"] == "https"
         await api.sessions.close(request.headers, secure=secure)
         response = JSONResponse({"deleted": True})
         name = cookie_name(request.headers, secure)

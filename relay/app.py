@@ -186,8 +186,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     )
     adapters = Adapters(store, blobs, room, settings, clock)
     app.include_router(api_adapters.router(api_adapters.AdapterApi(openai, adapters)))
-    app.include_router(api_data.router(api_data.DataApi(openai)))
     app.include_router(api_openai.router(openai))
+    app.include_router(api_data.router(api_data.DataApi(openai)))
     app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
     app.include_router(
         api_gpu.router(

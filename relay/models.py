@@ -13,6 +13,7 @@ from relay import errors, refs
 from relay.blobs import Blobs
 from relay.jobs import drop_reports
 from relay.settings import Settings
+from relay.shared import Shared
 from relay.store import Clock, Store
 from relay.sweep import letting_go
 from relay.tables import base_models, gpus, models, offers, users
@@ -49,6 +50,8 @@ class Models:
         self._clock = clock
         self._reachable = reachable
         self._bases_known: dict[tuple[str, str], tuple[str, float]] = {}  # by user and model; until when it is good
+        self._looks: Shared[tuple[str, str, int], str] = Shared()
+        self._deletions = 0  # by this process: a look that began before one is not remembered
 
     async def visible(self, owner: str) -> list[Model]:
         """Base models first, then the user's own tuned ones, the newest first."""
@@ -78,10 +81,16 @@ class Models:
         now, key = time.monotonic(), (owner, model_id)
         base, good_until = self._bases_known.get(key, ("", 0.0))
         if now >= good_until:
-            base = (await self.resolve(owner, model_id)).base
+            base = await self._looks.get((*key, self._deletions), lambda: self._look_up(owner, model_id))
+        return base
+
+    async def _look_up(self, owner: str, model_id: str) -> str:
+        now, deletions = time.monotonic(), self._deletions
+        base = (await self.resolve(owner, model_id)).base
+        if deletions == self._deletions:
             if len(self._bases_known) >= MOST_REMEMBERED:
                 self._bases_known.clear()
-            self._bases_known[key] = (base, now + MEMORY_S)
+            self._bases_known[owner, model_id] = (base, now + MEMORY_S)
         return base
 
     async def delete(self, owner: str, model_id: str) -> None:
@@ -94,6 +103,7 @@ class Models:
             mine = delete(models).where(models.c.id == model_id, models.c.owner == owner)
             for job_id in (await db.execute(mine.returning(models.c.job_id))).scalars().all():
                 gone |= await refs.unname(db, "model", model_id) | await drop_reports(db, job_id)
+        self._deletions += 1
         self._bases_known.clear()
 
     async def tuned(self, model_id: str) -> wire.TunedModel:

@@ -160,8 +160,10 @@ async def whole_frames(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncItera
     """
     buffer = first
     while True:
-        cut = max((at + len(blank) for blank in BLANK_LINES if (at := buffer.rfind(blank)) >= 0), default=0)
-        if cut:
+        if buffer.endswith(BLANK_LINES):  # nearly always
+            yield buffer
+            buffer = b""
+        elif cut := max((at + len(blank) for blank in BLANK_LINES if (at := buffer.rfind(blank)) >= 0), default=0):
             yield buffer[:cut]
             buffer = buffer[cut:]
         if len(buffer) > MAX_FRAME_BYTES:
