@@ -56,7 +56,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["backup", "dialout", "transport", "sweep", "health"],
         ["refs", "blobs", "store"],
         ["migrate", "tables"],
-        ["settings", "errors", "streams", "metrics"],
+        ["settings", "errors", "streams", "metrics", "shared"],
     ],
     "gpu_service": [
         ["__main__", "notebook"],

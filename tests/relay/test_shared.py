@@ -48,7 +48,8 @@ async def test_who_began_it_may_leave_and_the_others_still_hear() -> None:
 async def test_all_hear_of_a_failure_and_different_keys_share_nothing() -> None:
     shared, looks = Shared[str, int](), Looks()
     asking = [asyncio.create_task(shared.get(key, looks)) for key in ("a", "a", "b")]
-    await asyncio.sleep(0)
+    while looks.begun < 2:
+        await asyncio.sleep(0)
     looks.may_end.set()
     outcomes = await asyncio.gather(*asking, return_exceptions=True)
     assert looks.begun == 2
