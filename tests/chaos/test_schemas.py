@@ -6,6 +6,7 @@ those that exist, or next to nothing would get past 404. https://schemathesis.re
 
 import asyncio
 import json
+import os
 import sys
 from asyncio.subprocess import PIPE, STDOUT
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ import httpx2
 import pytest
 
 from relay.sessions import PAGE_HEADER
+from tests.chaos.test_jobs import start_job, until_step
 from tests.chaos.world import World
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.gpu_service import tiny_sd
 from tests.relay.conftest import CHAT_ROW
 
@@ -29,6 +31,9 @@ EXAMPLES = 6
 RIGHT, WRONG, MADE_UP = "examples", "coverage", "fuzzing"  # its phases; in the second each way to be wrong, in turn
 MOST_S = 900.0
 MODELS = [TINY, tiny_sd.NAME]
+HOOKS = "tests.chaos.signed_calls"
+BEAT = "^/gpu/heartbeat"
+OF_A_LEASE = "^/gpu/(?!enrol|goodbye|heartbeat)"  # goodbye would end it
 SIGNED = "^/gpu/(?!enrol)|^/challenge"  # without a signature each is 401 in the same way
 
 Names = Mapping[str, list[str]]
@@ -98,6 +103,7 @@ async def ask(
     *more: str,
     bodies: Bodies | None = None,
     examples: int = EXAMPLES,
+    signed_as: Mapping[str, Any] | None = None,
 ) -> None:
     async with httpx2.AsyncClient(trust_env=False, timeout=60) as http:
         described = (await http.get(f"{url}/openapi.json")).json()
@@ -120,8 +126,11 @@ async def ask(
         str(examples),
         *more,
     ]
+    env = dict(os.environ)
+    if signed_as:
+        env |= {"SCHEMATHESIS_HOOKS": HOOKS, "SIGNED_AS": json.dumps(signed_as), "PYTHONPATH": str(ROOT)}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "schemathesis.cli", *arguments), cwd=folder, stdout=PIPE, stderr=STDOUT
+        *(sys.executable, "-m", "schemathesis.cli", *arguments), cwd=folder, env=env, stdout=PIPE, stderr=STDOUT
     )
     async with asyncio.timeout(MOST_S):
         out, _ = await process.communicate()
@@ -153,6 +162,27 @@ async def test_the_relays_openapi_is_true_for_the_admin_a_user_and_nobody(
     assert '"level": "error"' not in world.relay.log
     assert answered(world.relay.log) >= ON_RELAY.keys()
     assert '"level": "error"' not in world.gpus["first"].log()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_the_routes_for_gpus_stand_a_gpu_that_signs_nonsense(world: World, tmp_path: Path) -> None:
+    """It died, and somebody has its key, a job of its own and that job's fence."""
+    gpu = await world.gpu("first")
+    await world.until_reachable("first")
+    job_id = await start_job(world, n_epochs=50)
+    await until_step(world, job_id, 1)
+    await gpu.kill()
+    query = "select g.id as gpu_id, g.epoch, g.signing_key as key, j.fence from gpus g join jobs j on j.gpu_id = g.id"
+    (me,) = world.rows(query)
+    names = {"job_id": [job_id, "none"], "fence": [me.pop("fence")], "model_id": [TINY, "none"]}
+    of_a_lease, beat = (("--include-path-regex", these) for these in (OF_A_LEASE, BEAT))
+    await ask(world.relay.url, tmp_path / "lease", None, names, f"{WRONG},{MADE_UP}", *of_a_lease, signed_as=me)
+    # Its answer repeats what it says, and so must not be narrowed; it is held back for a second each time.
+    await ask(world.relay.url, tmp_path / "beat", None, {}, MADE_UP, *beat, signed_as=me)
+    assert (await world.http.get("/readyz")).status_code == 200
+    assert '"level": "error"' not in world.relay.log
+    assert {"/gpu/heartbeat", "/gpu/jobs/{job_id}/events"} <= answered(world.relay.log), "signatures and fence are good"
 
 
 @pytest.mark.long
