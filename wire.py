@@ -451,7 +451,7 @@ class SignedBy(Message):
 
 def _mac(key: str, *fields: str) -> str:
     # JSON keeps the fields apart: no two different requests have the same text to sign.
-    return hmac.new(key.encode(), json.dumps(fields).encode(), hashlib.sha256).hexdigest()
+    return hmac.digest(key.encode(), json.dumps(fields).encode(), "sha256").hex()
 
 
 def sign(key: str, by: SignedBy, method: str, target: str, sha256: str, now: float) -> dict[str, str]:

@@ -4,12 +4,14 @@ https://platform.openai.com/docs/api-reference. Each user sees their own files, 
 """
 
 import json
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from sqlalchemy import Row
 
 import wire
@@ -129,18 +131,18 @@ def router(api: OpenAIApi) -> APIRouter:
     return routes
 
 
+class Direct(APIRoute):
+    """Its endpoint takes the request as it is: FastAPI's work on parameters would do nothing there, and be felt."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
+
+
 def _generation(routes: APIRouter, api: OpenAIApi) -> None:
-    @routes.post("/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await api.generate(request)
-
-    @routes.post("/completions")
-    async def completions(request: Request) -> Response:
-        return await api.generate(request)
-
-    @routes.post("/images/generations")
-    async def pictures(request: Request) -> Response:
-        return await api.generate(request)
+    for name in ("chat/completions", "completions", "images/generations"):
+        routes.add_api_route(
+            f"/{name}", api.generate, methods=["POST"], name=name.replace("/", "_"), route_class_override=Direct
+        )
 
 
 def _models(routes: APIRouter, api: OpenAIApi) -> None:
