@@ -44,7 +44,13 @@ class Lora:
         """On the device, in its precision. DoRA's lengths are taken once, over the weight that it is served with."""
         a, b = self.a.to(device, dtype), self.b.to(device, dtype)
         if self.magnitude is None:
-            return Lora(a, b, self.scale)
+            return Lora(a, _by_rank(b), self.scale)
         wide = Lora(self.a.to(device), self.b.to(device), self.scale)
         factor = self.magnitude.to(device).float() / wide.lengths(weight())
-        return Lora(a, (wide.b.float() * factor[:, None]).to(dtype), self.scale, stretch=(factor - 1).to(dtype))
+        b = (wide.b.float() * factor[:, None]).to(dtype)
+        return Lora(a, _by_rank(b), self.scale, stretch=(factor - 1).to(dtype))
+
+
+def _by_rank(b: Tensor) -> Tensor:
+    """The same B, laid out by rank: so the kernel of products.py adds up many outputs at once."""
+    return b.T.contiguous().T

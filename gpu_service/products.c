@@ -15,6 +15,7 @@
 #define BLOCK (2 * LANES) /* K must be a multiple of it */
 #define NR 3              /* rows of weights and of activations in one tile: 12 sums, 3 weights and 1 activation fill */
 #define MR 4              /* the 16 registers of AVX2 */
+#define ADAPTED 64        /* outputs of a LoRA pair that one thread takes at a time */
 #define CHUNK 16          /* tiles of weights that one thread takes at a time; they stay in its cache for all of x */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -104,6 +105,43 @@ void product(const uint16_t *x, const uint16_t *w, const uint16_t *add, long add
                 uint16_t *to = y + m * N + n;
                 TILES(1)
             }
+        }
+    }
+}
+
+/* What LoRA adds to y (rows x each, N), in place, for x (rows x each, K), all bf16 and dense: row i of `each` rows meets
+ * its own pair a[i] (rank[i], K) and b[i] (rank[i], N); at rank 0 its rows stay as they are. `wide` has room for all of x
+ * in fp32 and `u` for `most` floats, the highest rank, a row of x. A row's sums do not depend on the rows beside it. */
+void adapt(const uint16_t *x, uint16_t *y, const uint16_t **a, const uint16_t **b, const long *rank, const float *scale,
+           float *wide, float *u, long rows, long each, long most, long N, long K) {
+    long M = rows * each, chunks = (N + ADAPTED - 1) / ADAPTED;
+    for (long k = 0; k < M * K; k++) wide[k] = wide_of(x[k]);
+#pragma omp parallel if (M * N * most > 1 << 13)
+    {
+#pragma omp for schedule(static)
+        for (long j = 0; j < M * most; j++) {
+            long m = j / most, r = j % most, i = m / each;
+            if (r >= rank[i]) continue;
+            const uint16_t *at = a[i] + r * K;
+            const float *row = wide + m * K;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (long k = 0; k < K; k++) sum += wide_of(at[k]) * row[k];
+            u[m * most + r] = sum * scale[i];
+        }
+#pragma omp for schedule(static)
+        for (long c = 0; c < M * chunks; c++) {
+            long m = c / chunks, i = m / each, R = rank[i], first = c % chunks * ADAPTED;
+            long end = first + ADAPTED < N ? first + ADAPTED : N;
+            const float *own = u + m * most;
+            if (R == 0) continue;
+            float sums[ADAPTED] = {0};
+            for (long r = 0; r < R; r++) {
+                const uint16_t *at = b[i] + r * N + first;
+#pragma omp simd
+                for (long n = 0; n < end - first; n++) sums[n] += wide_of(at[n]) * own[r];
+            }
+            for (long n = first; n < end; n++) y[m * N + n] = rounded(wide_of(y[m * N + n]) + sums[n - first]);
         }
     }
 }

@@ -35,6 +35,7 @@ PAYS = 0.75  # of torch's time at most: without bf16 units it takes a tenth, wit
 SPANS = ((1, 1), (8, 16), (32, 2**31))  # (rows that are timed, the most rows for which the outcome counts)
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Pair = tuple[Tensor, Tensor, float]
 
 
 def plain(x: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
@@ -52,6 +53,9 @@ class Kernel:
         self._product.restype = None
         pointer, count = ctypes.c_void_p, ctypes.c_long
         self._product.argtypes = [pointer, pointer, pointer, count, pointer, pointer, count, count, count]
+        self._adapt = loaded.adapt
+        self._adapt.restype = None
+        self._adapt.argtypes = [pointer] * 8 + [count] * 5
         self._block = int(loaded.block())
 
     def linear(self, x: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
@@ -60,7 +64,7 @@ class Kernel:
         assert x.dtype is weight.dtype
         N, K = weight.shape
         M = x.numel() // K
-        x, weight = x.contiguous(), weight.contiguous()
+        x = x.contiguous()
         y, wide = x.new_empty(*x.shape[:-1], N), torch.empty(M * K)
         stride = 0 if add is None or add.dim() == 1 else N
         add_at = None if add is None else add.contiguous().data_ptr()
@@ -68,7 +72,41 @@ class Kernel:
         return y
 
     def takes(self, weight: Tensor) -> bool:
-        return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and weight.shape[1] % self._block == 0
+        bf16 = weight.dtype is torch.bfloat16 and weight.device.type == "cpu"
+        return bf16 and weight.shape[1] % self._block == 0 and weight.is_contiguous()
+
+    def by_row(self, pairs: Sequence[Pair | None]) -> "ByRow":
+        """For rows that meet these in one matrix."""
+        return ByRow(self._adapt, pairs)
+
+
+class ByRow:
+    """What LoRA adds in one matrix to the rows of a batch, each by a pair of its own: read once, and nothing joined."""
+
+    def __init__(self, adapt: Callable[..., None], pairs: Sequence[Pair | None]) -> None:
+        """`pairs`, by row: A (r, in) and B (out, r) in bf16, and the scale; None where nothing is added. A B that is
+        laid out by rank is not copied."""
+        self._adapt = adapt
+        held = [pair and (pair[0].contiguous(), pair[1].T.contiguous()) for pair in pairs]
+        self._held = held  # the kernel has their addresses
+        ranks = [pair[0].shape[0] if pair else 0 for pair in held]
+        self._most = max(ranks)
+        n = len(pairs)
+        self._a = (ctypes.c_void_p * n)(*(pair[0].data_ptr() if pair else None for pair in held))
+        self._b = (ctypes.c_void_p * n)(*(pair[1].data_ptr() if pair else None for pair in held))
+        self._ranks = (ctypes.c_long * n)(*ranks)
+        self._scales = (ctypes.c_float * n)(*(pair[2] if pair else 0.0 for pair in pairs))
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (B, T, in) and y (B, T, out), of which the result may take the place."""
+        x, y = x.contiguous(), y.contiguous()
+        B, T, K = x.shape
+        wide, u = torch.empty(B * T * K), torch.empty(B * T * self._most)
+        self._adapt(
+            *(x.data_ptr(), y.data_ptr(), self._a, self._b, self._ranks, self._scales, wide.data_ptr(), u.data_ptr()),
+            *(B, T, self._most, y.shape[-1], K),
+        )
+        return y
 
 
 class Chosen:
@@ -84,6 +122,15 @@ class Chosen:
         if self._kernel.takes(weight) and next(quicker for most, quicker in self._pays if rows <= most):
             return self._kernel.linear(x, weight, add)
         return plain(x, weight, add)
+
+    def by_row(self, pairs: Sequence[Pair | None]) -> ByRow:
+        return self._kernel.by_row(pairs)
+
+
+def own_pairs(product: Product, pairs: Sequence[Pair | None]) -> ByRow | None:
+    """How rows get what their own pairs add in one matrix; None where the kernel is not at hand or can't."""
+    bf16 = all(t.dtype is torch.bfloat16 and t.device.type == "cpu" for pair in pairs if pair for t in pair[:2])
+    return product.by_row(pairs) if isinstance(product, Chosen) and bf16 else None
 
 
 def choose(matrices: Sequence[Tensor], folder: Path) -> Product:
@@ -175,3 +222,9 @@ def _hold_against_torch(kernel: Kernel) -> None:
             expected = x.float() @ w.float().T + (0 if addend is None else addend.float())
             off = (kernel.linear(x, w, addend).float() - expected).abs().max() / expected.abs().max()
             assert off < 2**-7, f"it is off by {off:.2%}"
+    x, y, a, b = (
+        torch.randn(shape, generator=random).bfloat16() for shape in ((2, 1, 96), (2, 1, 70), (5, 96), (70, 5))
+    )
+    expected = y[1].float() + x[1].float() @ a.float().T @ b.float().T
+    off = (kernel.by_row([None, (a, b, 1.0)])(x, y.clone())[1].float() - expected).abs().max() / expected.abs().max()
+    assert off < 2**-7, f"with LoRA by row it is off by {off:.2%}"

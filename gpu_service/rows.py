@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_service import fused
 from gpu_service.costs import HEAD_CHUNK_TOKENS
 from gpu_service.lora import Lora
-from gpu_service.products import Product, plain
+from gpu_service.products import ByRow, Product, own_pairs, plain
 from gpu_service.quantize import Quantized
 
 
@@ -43,6 +43,7 @@ class Rows:
 
     LoRA of several adapters is one pair of matrix products: their A's lie side by side, (sum of ranks, in), and a mask
     lets each row see its own adapter's share and nothing of the others. A row without an adapter has an empty share.
+    Where the kernel of products.py is at hand, each row meets its own pair instead.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Rows:
             }
         self._lora: Mapping[str, Lora] = {}  # one adapter for every row
         self._shared: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # several: A's, B's, mask (B, 1, sum of ranks)
+        self._own: dict[str, ByRow] = {}  # or, by the kernel, each row by itself
         self._stretch: dict[str, Tensor] = {}  # and where one of them is DoRA: (B, 1, out), 0 for the others' rows
         distinct = list({id(adapter): adapter for adapter in lora if adapter}.values())
         if distinct and all(adapter is distinct[0] for adapter in lora):
@@ -89,20 +91,32 @@ class Rows:
         masks: dict[tuple[object, ...], Tensor] = {}  # most tensors have the same ranks and scales
         for name in dict.fromkeys(name for adapter in distinct for name in adapter):
             parts = [(adapter, adapter[name]) for adapter in distinct if name in adapter]
-            layout = tuple((id(adapter), pair.a.shape[0], pair.scale) for adapter, pair in parts)
-            if layout not in masks:
-                rows = [
-                    [pair.scale if adapter is mine else 0.0 for adapter, pair in parts for _ in range(pair.a.shape[0])]
-                    for mine in by_row
-                ]
-                masks[layout] = torch.tensor(rows, device=self._device)[:, None]
-            a = torch.cat([pair.a for _, pair in parts])
-            b = torch.cat([pair.b for _, pair in parts], dim=1)
-            self._shared[name] = (a, b, masks[layout].to(a.dtype))
+            own = [mine.get(name) if mine else None for mine in by_row]
+            if kernel := own_pairs(self._product, [(pair.a, pair.b, pair.scale) if pair else None for pair in own]):
+                self._own[name] = kernel
+            else:
+                self._shared[name] = self._joined(parts, by_row, masks)
             assert all(pair.magnitude is None for _, pair in parts), "DoRA is served with its lengths taken"
             if stretches := {id(adapter): pair.stretch for adapter, pair in parts if pair.stretch is not None}:
                 none = torch.zeros_like(next(iter(stretches.values())))
                 self._stretch[name] = torch.stack([stretches.get(id(mine), none) for mine in by_row])[:, None]
+
+    def _joined(
+        self,
+        parts: Sequence[tuple[Mapping[str, Lora], Lora]],
+        by_row: Sequence[Mapping[str, Lora] | None],
+        masks: dict[tuple[object, ...], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layout = tuple((id(adapter), pair.a.shape[0], pair.scale) for adapter, pair in parts)
+        if layout not in masks:
+            rows = [
+                [pair.scale if adapter is mine else 0.0 for adapter, pair in parts for _ in range(pair.a.shape[0])]
+                for mine in by_row
+            ]
+            masks[layout] = torch.tensor(rows, device=self._device)[:, None]
+        a = torch.cat([pair.a for _, pair in parts])
+        b = torch.cat([pair.b for _, pair in parts], dim=1)
+        return a, b, masks[layout].to(a.dtype)
 
     def weight(self, name: str) -> Tensor:
         full = self._full.get(name)
@@ -138,7 +152,7 @@ class Rows:
     def frozen_loss(self, h: Tensor, head: str, labels: Tensor) -> Tensor | None:
         """Cross entropy summed over hidden states (N, D) that the head meets, in training; None where something lies
         over the head, or it is trained itself."""
-        plain = self._is_frozen(head) and f"{head}.weight" not in (*self._lora, *self._shared)
+        plain = self._is_frozen(head) and f"{head}.weight" not in (*self._lora, *self._shared, *self._own)
         if not (self.dropout and plain) or f"{head}.bias" in self._weights:
             return None
         return fused.cross_entropy(h, self._weights[f"{head}.weight"], labels, HEAD_CHUNK_TOKENS)
@@ -146,15 +160,19 @@ class Rows:
     def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """y (B, T, out), which has the bias in it already."""
         if lora := self._lora.get(f"{name}.weight"):
-            u = self._product(x, lora.a.to(x.dtype), None)
-            change = self._product(u, lora.b.to(x.dtype), None) * lora.scale
+            u = self._product(x, lora.a.to(x.dtype), None) * lora.scale
+            b = lora.b.to(x.dtype)
             if lora.magnitude is not None:
                 factor = lora.magnitude / lora.lengths(self._whole(f"{name}.weight"))
+                change = self._product(u, b, None)
                 return _stretched(y, (factor - 1).to(y.dtype), bias) + change * factor.to(y.dtype)
-            return (y if lora.stretch is None else _stretched(y, lora.stretch, bias)) + change
+            y = y if lora.stretch is None else _stretched(y, lora.stretch, bias)
+            return self._product(u, b, y)  # added within the product
+        if (stretch := self._stretch.get(f"{name}.weight")) is not None:
+            y = _stretched(y, stretch, bias)
+        if own := self._own.get(f"{name}.weight"):
+            return own(x, y)
         if shared := self._shared.get(f"{name}.weight"):
-            if (stretch := self._stretch.get(f"{name}.weight")) is not None:
-                y = _stretched(y, stretch, bias)
             a, b, mask = shared
             u = self._product(x, a, None) * mask  # (B, T, sum of ranks)
             return self._product(u, b, y)  # added within the product

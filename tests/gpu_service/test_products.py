@@ -49,6 +49,26 @@ def test_a_rows_result_does_not_depend_on_the_rows_beside_it(kernel: Kernel) -> 
         assert torch.equal(together[rows], kernel.linear(x[rows], weight, None))
 
 
+@pytest.mark.parametrize("each", [1, 3])
+def test_each_row_gets_what_its_own_pair_adds_and_one_without_nothing(kernel: Kernel, each: int) -> None:
+    x, y = bf16(4, each, 80, seed=1), bf16(4, each, 150, seed=2)
+    pairs = [(bf16(r, 80, seed=r), bf16(150, r, seed=9 + r), 0.5 * r) if r else None for r in (3, 0, 16, 37)]
+    exact = torch.stack(
+        [
+            row.double() + (scale * of.double() @ a.double().T @ b.double().T if pair else 0)
+            for of, row, pair in zip(x, y, pairs, strict=True)
+            for a, b, scale in [pair or (x[0], x[0], 0.0)]
+        ]
+    )
+    own = kernel.by_row(pairs)(x, y.clone())
+    torch.testing.assert_close(own, exact.bfloat16(), rtol=2**-7, atol=1e-2)
+    assert torch.equal(own[1], y[1])
+    for i, pair in enumerate(pairs):
+        if pair:  # whatever stands beside it
+            alone = slice(i, i + 1)
+            assert torch.equal(kernel.by_row([pair])(x[alone], y[alone].clone()), own[alone])
+
+
 def test_infinities_and_what_is_no_number_come_through(kernel: Kernel) -> None:
     x = torch.ones(2, 64, dtype=torch.bfloat16)
     weight = torch.ones(3, 64, dtype=torch.bfloat16)
