@@ -1,32 +1,15 @@
-/* Products of fp32-accumulated bf16, for CPUs: see products.py. Portable C with GNU vectors; the compiler chooses the
- * instructions of the processor that it runs on, and OpenMP is the one that torch has loaded.
+/* Products of bf16 with sums in fp32, for CPUs: see products.py. OpenMP is the one that torch has loaded. In all of them
+ * each sum runs in the same order however many rows there are, so a row's result does not depend on the rows beside it.
  *
- * A bf16 number is the upper half of an fp32. So 16 bits at even places become fp32 by a shift, those at odd places by a
- * mask, two instructions for a whole block of weights; activations are laid out in the same order once, beforehand.
+ * Where the processor multiplies bf16 (AVX512-BF16), its own instruction does. Elsewhere it is portable C with GNU
+ * vectors: a bf16 number is the upper half of an fp32, so 16 bits at even places become fp32 by a shift, those at odd
+ * places by a mask, two instructions for a whole block of weights; activations are laid out in the same order once.
  */
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#define BLOCK (2 * LANES) /* K must be a multiple of it */
-#define NR 3              /* rows of weights and of activations in one tile: 12 sums, 3 weights and 1 activation fill */
-#define MR 4              /* the 16 registers of AVX2 */
-#define ADAPTED 64        /* outputs of a LoRA pair that one thread takes at a time */
-#define CHUNK 16          /* tiles of weights that one thread takes at a time; they stay in its cache for all of x */
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-
-static inline float sum(vec v) {
-    quad q = {0};
-    for (int i = 0; i < LANES / 4; i++) q += ((const quad *)&v)[i];
-    return (q[0] + q[2]) + (q[1] + q[3]);
-}
+#define ADAPTED 64 /* outputs of a LoRA pair that one thread takes at a time */
+#define CHUNK 48   /* rows of weights that one thread takes at a time; they stay in its cache for all of x */
 
 static inline float wide_of(uint16_t b) {
     uint32_t u = (uint32_t)b << 16;
@@ -43,10 +26,143 @@ static inline uint16_t rounded(float f) {
     return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
 
-/* N_ rows of w times M_ rows of x. Each sum runs in the same order whatever N_ and M_ are, so a row's result does not
- * depend on the rows beside it. */
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+#define BLOCK 32 /* K must be a multiple of it */
+#define SUMS 16  /* of one tile: rows of x times rows of weights, one register each */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef uint16_t number;
+
+/* Only fills up to a whole tile: rows of 8, and the last ones of 1, 2, 4 or 8. */
+static const number *prepared(const uint16_t *x, void *scratch, long M, long K) {
+    long rest = M % 8;
+    if ((rest & (rest - 1)) == 0) return x;
+    memcpy(scratch, x, M * K * 2);
+    memset((uint16_t *)scratch + M * K, 0, (rest == 3 ? 1 : 8 - rest) * K * 2);
+    return scratch;
+}
+
+/* 16 registers -> the sums of their lanes, in their order. */
+INLINE __m512 sums(const __m512 *v) {
+    __m512 a[8], b[4], c[2];
+    UNROLL for (int i = 0; i < 8; i++) {
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
+        b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    }
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
+/* M_ rows of x, of which `rows` count, by SUMS / M_ rows of w. Weights are asked for a tile ahead: they come from
+ * memory, and the processor alone sees too late how the tiles follow each other. */
+#define TILE(M_)                                                                                                  \
+    INLINE void tile##M_(const number *x, const uint16_t *w, const uint16_t *add, long add_stride, uint16_t *y,  \
+                         long rows, long K, long N) {                                                             \
+        enum { N_ = SUMS / M_ };                                                                                  \
+        __m512 acc[SUMS];                                                                                         \
+        UNROLL for (int i = 0; i < SUMS; i++) acc[i] = _mm512_setzero_ps();                                       \
+        for (long k = 0; k < K; k += BLOCK) {                                                                     \
+            __m512bh b[N_];                                                                                       \
+            UNROLL for (int n = 0; n < N_; n++) {                                                                 \
+                b[n] = (__m512bh)_mm512_loadu_si512(w + n * K + k);                                               \
+                __builtin_prefetch(w + (n + N_) * K + k);                                                         \
+            }                                                                                                     \
+            UNROLL for (int m = 0; m < M_; m++) {                                                                 \
+                __m512bh a = (__m512bh)_mm512_loadu_si512(x + m * K + k);                                         \
+                UNROLL for (int n = 0; n < N_; n++) acc[m * N_ + n] = _mm512_dpbf16_ps(acc[m * N_ + n], a, b[n]); \
+            }                                                                                                     \
+        }                                                                                                         \
+        __m512 s = sums(acc);                                                                                     \
+        uint16_t out[SUMS] = {0};                                                                                 \
+        if (add) {                                                                                                \
+            UNROLL for (long m = 0; m < M_ && m < rows; m++)                                                          \
+                memcpy(out + m * N_, add + m * add_stride, 2 * N_);                                               \
+            __m512i plus = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)out));                       \
+            s = _mm512_add_ps(s, _mm512_castsi512_ps(_mm512_slli_epi32(plus, 16)));                               \
+        }                                                                                                         \
+        _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(s));                                      \
+        UNROLL for (long m = 0; m < M_ && m < rows; m++) memcpy(y + m * N, out + m * N_, 2 * N_);                 \
+    }
+
+TILE(1) TILE(2) TILE(4) TILE(8)
+
+/* One row of x by one of w, the sum as in a tile. */
+static void single(const number *x, const uint16_t *w, const uint16_t *add, uint16_t *y, long K) {
+    __m512 acc[SUMS] = {_mm512_setzero_ps()};
+    for (long k = 0; k < K; k += BLOCK) {
+        acc[0] = _mm512_dpbf16_ps(acc[0], (__m512bh)_mm512_loadu_si512(x + k), (__m512bh)_mm512_loadu_si512(w + k));
+    }
+    *y = rounded(_mm512_cvtss_f32(sums(acc)) + (add ? wide_of(*add) : 0));
+}
+
+/* All rows of x by the weights from `first` to `end`. */
+static void span(const number *x, const uint16_t *w, const uint16_t *add, long add_stride, uint16_t *y, long first,
+                 long end, long M, long N, long K) {
+    for (long m = 0; m < M; m += 8) {
+        long rows = M - m < 8 ? M - m : 8, n = first;
+        const number *row = x + m * K;
+        int wide = rows == 1 ? 1 : rows == 2 ? 2 : rows <= 4 ? 4 : 8;
+        for (; n + SUMS / wide <= end; n += SUMS / wide) {
+            const uint16_t *at = w + n * K, *plus = add ? add + m * add_stride + n : 0;
+            uint16_t *to = y + m * N + n;
+            switch (wide) {
+            case 1: tile1(row, at, plus, add_stride, to, rows, K, N); break;
+            case 2: tile2(row, at, plus, add_stride, to, rows, K, N); break;
+            case 4: tile4(row, at, plus, add_stride, to, rows, K, N); break;
+            default: tile8(row, at, plus, add_stride, to, rows, K, N);
+            }
+        }
+        for (; n < end; n++)
+            for (long i = m; i < m + rows; i++)
+                single(x + i * K, w + n * K, add ? add + i * add_stride + n : 0, y + i * N + n, K);
+    }
+}
+
+#else
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define BLOCK (2 * LANES) /* K must be a multiple of it */
+#define NR 3              /* rows of weights and of activations in one tile: 12 sums, 3 weights and 1 activation fill */
+#define MR 4              /* the 16 registers of AVX2 */
+
+typedef float number;
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+static const number *prepared(const uint16_t *x, void *scratch, long M, long K) {
+    float *wide = scratch;
+    for (long k = 0; k < M * K; k += BLOCK) {
+        bits b = *(const bits *)(x + k);
+        *(bits *)(wide + k) = b << 16;
+        *(bits *)(wide + k + LANES) = b & 0xffff0000u;
+    }
+    return wide;
+}
+
+static inline float sum(vec v) {
+    quad q = {0};
+    for (int i = 0; i < LANES / 4; i++) q += ((const quad *)&v)[i];
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+/* N_ rows of w times M_ rows of x. */
 #define TILE(N_, M_)                                                                                              \
-    static inline void tile##N_##M_(const float *x, const uint16_t *w, const uint16_t *add, long add_stride,     \
+    static inline void tile##N_##M_(const number *x, const uint16_t *w, const uint16_t *add, long add_stride,     \
                                     uint16_t *y, long K, long N) {                                               \
         vec acc[N_][M_] = {0};                                                                                    \
         for (long k = 0; k < K; k += BLOCK) {                                                                     \
@@ -76,37 +192,38 @@ TILE(3, 4) TILE(3, 3) TILE(3, 2) TILE(3, 1) TILE(1, 4) TILE(1, 3) TILE(1, 2) TIL
     default: tile##N_##4(row, at, plus, add_stride, to, K, N);                                                    \
     }
 
+/* All rows of x by the weights from `first` to `end`. */
+static void span(const number *x, const uint16_t *w, const uint16_t *add, long add_stride, uint16_t *y, long first,
+                 long end, long M, long N, long K) {
+    for (long m = 0; m < M; m += MR) {
+        const number *row = x + m * K;
+        long n = first;
+        for (; n + NR <= end; n += NR) {
+            const uint16_t *at = w + n * K, *plus = add ? add + m * add_stride + n : 0;
+            uint16_t *to = y + m * N + n;
+            TILES(3)
+        }
+        for (; n < end; n++) {
+            const uint16_t *at = w + n * K, *plus = add ? add + m * add_stride + n : 0;
+            uint16_t *to = y + m * N + n;
+            TILES(1)
+        }
+    }
+}
+
+#endif
+
 long block(void) { return BLOCK; }
 
 /* y (M, N) = x (M, K) . w (N, K)^T + add, all bf16 and dense; add may be null, and is one row (stride 0) or M.
- * `wide` has room for M x K floats. */
-void product(const uint16_t *x, const uint16_t *w, const uint16_t *add, long add_stride, uint16_t *y, float *wide,
+ * `scratch` has room for M x K floats. */
+void product(const uint16_t *x, const uint16_t *w, const uint16_t *add, long add_stride, uint16_t *y, float *scratch,
              long M, long N, long K) {
-    for (long k = 0; k < M * K; k += BLOCK) {
-        bits b = *(const bits *)(x + k);
-        *(bits *)(wide + k) = b << 16;
-        *(bits *)(wide + k + LANES) = b & 0xffff0000u;
-    }
-    long chunks = (N + NR * CHUNK - 1) / (NR * CHUNK);
+    const number *rows = prepared(x, scratch, M, K);
     /* Dynamic: with few cores another thread often holds one of them, and the other can go on. */
 #pragma omp parallel for schedule(dynamic, 1) if (M * N * K > 1 << 15)
-    for (long c = 0; c < chunks; c++) {
-        long first = c * NR * CHUNK, end = first + NR * CHUNK < N ? first + NR * CHUNK : N;
-        for (long m = 0; m < M; m += MR) {
-            const float *row = wide + m * K;
-            long n = first;
-            for (; n + NR <= end; n += NR) {
-                const uint16_t *at = w + n * K, *plus = add ? add + m * add_stride + n : 0;
-                uint16_t *to = y + m * N + n;
-                TILES(3)
-            }
-            for (; n < end; n++) {
-                const uint16_t *at = w + n * K, *plus = add ? add + m * add_stride + n : 0;
-                uint16_t *to = y + m * N + n;
-                TILES(1)
-            }
-        }
-    }
+    for (long first = 0; first < N; first += CHUNK)
+        span(rows, w, add, add_stride, y, first, first + CHUNK < N ? first + CHUNK : N, M, N, K);
 }
 
 /* What LoRA adds to y (rows x each, N), in place, for x (rows x each, K), all bf16 and dense: row i of `each` rows meets
