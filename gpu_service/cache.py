@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_service.kernels import TORCH, Arithmetic, Places
+
 SMALLEST_CLASS_TOKENS = 256
 
 
@@ -192,8 +194,9 @@ class Slot:
 class Pool:
     """The decoding rows of one model."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, arithmetic: Arithmetic = TORCH) -> None:
         self.geometry = geometry
+        self._arithmetic = arithmetic
         self._classes: dict[int, _Class] = {}
 
     @property
@@ -227,7 +230,8 @@ class Pool:
         for slot in self.order():
             if slot.length == slot.size.capacity:
                 self._outgrow(slot)
-        return Decoding(self.geometry, [size for size in self._classes.values() if size.members])
+        classes = [size for size in self._classes.values() if size.members]
+        return Decoding(self.geometry, classes, self._arithmetic)
 
     def order(self) -> list[Slot]:
         return [slot for size in self._classes.values() for slot in size.members]
@@ -255,40 +259,31 @@ class Pool:
 class Decoding:
     """One token of every row, class by class."""
 
-    def __init__(self, geometry: Geometry, classes: list[_Class]) -> None:
-        device = geometry.device
+    def __init__(self, geometry: Geometry, classes: list[_Class], arithmetic: Arithmetic) -> None:
         lengths = [slot.length for size in classes for slot in size.members]
-        self.positions = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
-        self._parts: list[tuple[_Class, slice, Tensor, Tensor, int, Tensor | None]] = []
+        self.positions = torch.tensor(lengths, device=geometry.device)[:, None]  # (B, 1)
+        self._arithmetic = arithmetic
+        self._parts: list[tuple[_Class, slice, Places]] = []
         start = 0
         for size in classes:
-            n = len(size.members)
-            part = slice(start, start + n)
-            at, keys = self.positions[part, 0], max(lengths[part]) + 1
-            even = min(lengths[part]) + 1 == keys
-            mask = None if even else (torch.arange(keys, device=device) <= at[:, None])[:, None, None]  # (n, 1, 1, K)
-            self._parts.append((size, part, torch.arange(n, device=device), at, keys, mask))
-            start += n
+            part = slice(start, start + len(size.members))
+            own = lengths[part]
+            places = Places(self.positions[part, 0], max(own) + 1, min(own) == max(own))
+            self._parts.append((size, part, places))
+            start = part.stop
             for slot in size.members:
                 slot.length += 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        B, H, _, Dh = q.shape
-        G = k.shape[1]
-        # One query a head: the heads of a group read the same keys, so view them as that group's query rows. SDPA's own
-        # grouped path is several times slower here.
-        q = q.view(B, G, H // G, Dh)
-        parts = []
-        for size, part, rows, at, keys, mask in self._parts:
-            block_k, block_v = size.keys[layer], size.values[layer]
-            block_k[rows, :, at] = k[part, :, 0]
-            block_v[rows, :, at] = v[part, :, 0]
-            n = len(rows)
-            parts.append(
-                F.scaled_dot_product_attention(q[part], block_k[:n, :, :keys], block_v[:n, :, :keys], attn_mask=mask)
-            )
-        y = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return y.view(B, H, 1, Dh)
+        if len(self._parts) == 1:
+            size, _, places = self._parts[0]
+            return self._arithmetic.attend(q, k, v, size.keys[layer], size.values[layer], places)
+        return torch.cat(
+            [
+                self._arithmetic.attend(q[part], k[part], v[part], size.keys[layer], size.values[layer], places)
+                for size, part, places in self._parts
+            ]
+        )
 
 
 def _expand(x: Tensor, heads: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What serving and training ask of a decoder, and which one a config needs."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,9 @@ class Decoder(Protocol):
     head: str  # the module whose weight gives the logits
 
     def geometry(self, dtype: torch.dtype, device: torch.device) -> Geometry: ...
+
+    def same_input(self) -> Iterator[tuple[str, ...]]:
+        """The linear maps, by name, that meet the same input: what may be one product."""
 
     def embed(self, ids: Tensor, rows: Rows, attention: Attention) -> Tensor:
         """(B, T) -> (B, T, D)"""

@@ -5,7 +5,7 @@ Weights come with names and shapes of linear maps, (out, in), queries, keys and 
 selects and LoRA adapts them as it does in Llama.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,12 @@ class Gpt2:
         """Hidden states (..., D) behind the last norm -> logits (..., V)."""
         return rows.linear(h, self.head)
 
+    def same_input(self) -> Iterator[tuple[str, ...]]:
+        return (self._qkv(layer) for layer in range(self.n_layers))
+
+    def _qkv(self, layer: int) -> tuple[str, ...]:
+        return tuple(f"h.{layer}.attn.c_attn.{part}" for part in "qkv")
+
     def _layer(self, h: Tensor, layer: int, rows: Rows, attention: Attention) -> Tensor:
         at = f"h.{layer}"
         x = self._attention(rows.layer_norm(h, f"{at}.ln_1", self._eps, layer), layer, rows, attention)
@@ -83,8 +89,7 @@ class Gpt2:
         at = f"h.{layer}.attn"
         B, T, D = x.shape
         q, k, v = (
-            rows.linear(x, f"{at}.c_attn.{name}").view(B, T, self._heads, self._head_dim).transpose(1, 2)
-            for name in ("q", "k", "v")
+            part.view(B, T, self._heads, self._head_dim).transpose(1, 2) for part in rows.linears(x, *self._qkv(layer))
         )  # (B, H, T, Dh) each
         y = attention.attend(layer, q, k, v)
         return rows.linear(y.transpose(1, 2).reshape(B, T, D), f"{at}.c_proj")

@@ -5,7 +5,7 @@ optional biases. It holds no weights of its own and no state; `Rows` answers for
 and whatever needs only some of the layers call the same functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,11 @@ class Rope:
     """Rotary position embedding of the tokens of one pass; the same for every layer. (B or 1, 1, T, head_dim)"""
 
     cos: Tensor
-    sin: Tensor
+    sin: Tensor  # its first half negative
 
     def rotate(self, x: Tensor) -> Tensor:
         """(B, heads, T, head_dim), halves paired as in the published weights. https://arxiv.org/abs/2104.09864"""
-        half = x.shape[-1] // 2
-        return x * self.cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * self.sin
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
 
 
 class Llama:
@@ -73,9 +72,8 @@ class Llama:
     def layers(self, h: Tensor, first: int, last: int, rows: Rows, attention: Attention) -> Tensor:
         """Hidden states (B, T, D) entering layer `first` -> hidden states leaving layer `last - 1`."""
         angles = attention.positions[..., None].float() * self._frequencies  # (B or 1, T, head_dim / 2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
-        rope = Rope(cos.to(h.dtype), sin.to(h.dtype))
+        cos, sin = angles.cos()[:, None] * self._rope_scale, angles.sin()[:, None] * self._rope_scale
+        rope = Rope(torch.cat((cos, cos), dim=-1).to(h.dtype), torch.cat((-sin, sin), dim=-1).to(h.dtype))
         for layer in range(first, last):
             h = self._layer(h, layer, rope, rows, attention)
         return h
@@ -87,13 +85,23 @@ class Llama:
         """Hidden states (..., D) behind the last norm -> logits (..., V)."""
         return rows.linear(h, self.head)
 
+    def same_input(self) -> Iterator[tuple[str, ...]]:
+        return (names for layer in range(self.n_layers) for names in (self._qkv(layer), self._gate_up(layer)))
+
+    def _qkv(self, layer: int) -> tuple[str, ...]:
+        return tuple(f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkv")
+
+    def _gate_up(self, layer: int) -> tuple[str, ...]:
+        return tuple(f"model.layers.{layer}.mlp.{part}_proj" for part in ("gate", "up"))
+
     def _layer(self, h: Tensor, layer: int, rope: Rope, rows: Rows, attention: Attention) -> Tensor:
         at, eps = f"model.layers.{layer}", self._eps
         x = rows.rms_norm(h, f"{at}.input_layernorm", eps, layer)
         x = self._attention(x, layer, rope, rows, attention)
         h = h + rows.gain(x, "attn", layer)
         x = rows.rms_norm(h, f"{at}.post_attention_layernorm", eps, layer)
-        x = self._activation(rows.linear(x, f"{at}.mlp.gate_proj")) * rows.linear(x, f"{at}.mlp.up_proj")
+        gate, up = rows.linears(x, *self._gate_up(layer))
+        x = self._activation(gate) * up
         x = rows.linear(x, f"{at}.mlp.down_proj")
         return h + rows.gain(x, "mlp", layer)
 
@@ -101,8 +109,9 @@ class Llama:
         at = f"model.layers.{layer}.self_attn"
         B, T, _ = x.shape
         H, G, Dh = self._heads, self._kv_heads, self._head_dim
-        q = rope.rotate(rows.linear(x, f"{at}.q_proj").view(B, T, H, Dh).transpose(1, 2))  # (B, H, T, Dh)
-        k = rope.rotate(rows.linear(x, f"{at}.k_proj").view(B, T, G, Dh).transpose(1, 2))  # (B, G, T, Dh)
-        v = rows.linear(x, f"{at}.v_proj").view(B, T, G, Dh).transpose(1, 2)
+        q, k, v = rows.linears(x, *self._qkv(layer))
+        q = rope.rotate(q.view(B, T, H, Dh).transpose(1, 2))  # (B, H, T, Dh)
+        k = rope.rotate(k.view(B, T, G, Dh).transpose(1, 2))  # (B, G, T, Dh)
+        v = v.view(B, T, G, Dh).transpose(1, 2)
         y = attention.attend(layer, q, k, v)
         return rows.linear(y.transpose(1, 2).reshape(B, T, H * Dh), f"{at}.o_proj")

@@ -52,5 +52,5 @@ class Lora:
 
 
 def _by_rank(b: Tensor) -> Tensor:
-    """The same B, laid out by rank: so the kernel of products.py adds up many outputs at once."""
+    """The same B, laid out by rank: so the kernel that adds by row (kernels.c) adds up many outputs at once."""
     return b.T.contiguous().T

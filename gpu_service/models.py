@@ -125,7 +125,7 @@ class Base:
     """A model in memory. One copy serves and trains, unless a training asks for another quantisation."""
 
     source: Source
-    weights: Mapping[str, Tensor]  # by checkpoint name, on the device, in its precision
+    weights: dict[str, Tensor]  # by checkpoint name, on the device, in its precision
     quantize: wire.Quantize = "none"
     quantized: Mapping[str, Quantized] = field(default_factory=dict)  # the matrices that `weights` lacks then
 

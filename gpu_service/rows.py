@@ -5,7 +5,7 @@ training and dials need no hook and no patched module. Without dials or adapter 
 arithmetic is that of the plain model, bit for bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gpu_service import fused
 from gpu_service.costs import HEAD_CHUNK_TOKENS
+from gpu_service.kernels import TORCH, Arithmetic, ByRow
 from gpu_service.lora import Lora
-from gpu_service.products import ByRow, Product, own_pairs, plain
 from gpu_service.quantize import Quantized
 
 
@@ -38,12 +38,42 @@ class Dials:
         return self.eps_final == 1.0 and all(x == 1.0 for x in (*self.eps, *self.attn, *self.mlp))
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Matrices that meet the same input, side by side: a product costs more to begin than a small matrix to read."""
+
+    weight: Tensor  # (sum of outs, in)
+    bias: Tensor | None
+    biases: tuple[Tensor | None, ...]
+    sizes: list[int]  # their outs
+
+
+def join(weights: dict[str, Tensor], groups: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], Joined]:
+    """`weights` hold views of what is joined from now on, so it takes no memory. Where all of a group are there."""
+    made: dict[tuple[str, ...], Joined] = {}
+    for names in groups:
+        parts = [weights.get(f"{name}.weight") for name in names]
+        biases = [weights.get(f"{name}.bias") for name in names]
+        if any(p is None for p in parts) or len({b is None for b in biases}) > 1:
+            continue
+        sizes = [len(p) for p in parts if p is not None]
+        both: list[Tensor | None] = []
+        for suffix, own in (("weight", parts), ("bias", biases)):
+            held = [t for t in own if t is not None]
+            both.append(torch.cat(held) if held else None)
+            if (whole := both[-1]) is not None:
+                weights |= {f"{n}.{suffix}": part for n, part in zip(names, torch.split(whole, sizes), strict=True)}
+        assert both[0] is not None
+        made[names] = Joined(both[0], both[1], tuple(weights.get(f"{name}.bias") for name in names), sizes)
+    return made
+
+
 class Rows:
     """The rows of one batch. `full` replaces whole tensors, for all rows alike; dials and LoRA adapters are by row.
 
     LoRA of several adapters is one pair of matrix products: their A's lie side by side, (sum of ranks, in), and a mask
     lets each row see its own adapter's share and nothing of the others. A row without an adapter has an empty share.
-    Where the kernel of products.py is at hand, each row meets its own pair instead.
+    Where the kernels are at hand, each row meets its own pair instead.
     """
 
     def __init__(
@@ -55,13 +85,15 @@ class Rows:
         lora: Sequence[Mapping[str, Lora] | None] = (),  # by row; a single one stands for every row
         dials: Sequence[Dials | None] = (),  # by row
         dropout: bool = False,
-        product: Product = plain,  # by which x meets a matrix
+        arithmetic: Arithmetic = TORCH,
+        joined: Mapping[tuple[str, ...], Joined] | None = None,  # of `weights`
     ) -> None:
         self._weights = weights
         self._quantized = quantized or {}
-        self._product = product
+        self._arithmetic = arithmetic
         self.dropout = dropout  # in training, which also has its own arithmetic
         self._full = full or {}
+        self._together = {names: both for names, both in (joined or {}).items() if all(map(self._is_frozen, names))}
         self._gains: dict[str, Tensor] = {}
         some = next(iter(weights.values()))
         self._device, self._dtype = some.device, some.dtype
@@ -92,8 +124,8 @@ class Rows:
         for name in dict.fromkeys(name for adapter in distinct for name in adapter):
             parts = [(adapter, adapter[name]) for adapter in distinct if name in adapter]
             own = [mine.get(name) if mine else None for mine in by_row]
-            if kernel := own_pairs(self._product, [(pair.a, pair.b, pair.scale) if pair else None for pair in own]):
-                self._own[name] = kernel
+            if each := self._arithmetic.by_row([(p.a, p.b, p.scale) if p else None for p in own]):
+                self._own[name] = each
             else:
                 self._shared[name] = self._joined(parts, by_row, masks)
             assert all(pair.magnitude is None for _, pair in parts), "DoRA is served with its lengths taken"
@@ -133,7 +165,16 @@ class Rows:
         packed = self._quantized.get(f"{name}.weight")
         if packed is not None and f"{name}.weight" not in self._full:
             return self._adapted(packed.linear(x, bias), x, name, bias)
-        return self._adapted(self._product(x, self.weight(f"{name}.weight"), bias), x, name, bias)
+        return self._adapted(self._arithmetic.linear(x, self.weight(f"{name}.weight"), bias), x, name, bias)
+
+    def linears(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
+        """`linear` by each of these: in one product where their matrices lie side by side."""
+        together = self._together.get(names)
+        if together is None:
+            return tuple(self.linear(x, name) for name in names)
+        y = self._arithmetic.linear(x, together.weight, together.bias)
+        parts = zip(names, torch.split(y, together.sizes, dim=-1), together.biases, strict=True)
+        return tuple(self._adapted(part, x, name, bias) for name, part, bias in parts)
 
     def _is_frozen(self, name: str) -> bool:
         """Weight and bias are the base's own, and not packed."""
@@ -160,22 +201,22 @@ class Rows:
     def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """y (B, T, out), which has the bias in it already."""
         if lora := self._lora.get(f"{name}.weight"):
-            u = self._product(x, lora.a.to(x.dtype), None) * lora.scale
+            u = self._arithmetic.linear(x, lora.a.to(x.dtype), None) * lora.scale
             b = lora.b.to(x.dtype)
             if lora.magnitude is not None:
                 factor = lora.magnitude / lora.lengths(self._whole(f"{name}.weight"))
-                change = self._product(u, b, None)
+                change = self._arithmetic.linear(u, b, None)
                 return _stretched(y, (factor - 1).to(y.dtype), bias) + change * factor.to(y.dtype)
             y = y if lora.stretch is None else _stretched(y, lora.stretch, bias)
-            return self._product(u, b, y)  # added within the product
+            return self._arithmetic.linear(u, b, y)  # added within the product
         if (stretch := self._stretch.get(f"{name}.weight")) is not None:
             y = _stretched(y, stretch, bias)
         if own := self._own.get(f"{name}.weight"):
             return own(x, y)
         if shared := self._shared.get(f"{name}.weight"):
             a, b, mask = shared
-            u = self._product(x, a, None) * mask  # (B, T, sum of ranks)
-            return self._product(u, b, y)  # added within the product
+            u = self._arithmetic.linear(x, a, None) * mask  # (B, T, sum of ranks)
+            return self._arithmetic.linear(u, b, y)  # added within the product
         return y
 
     def _whole(self, name: str) -> Tensor:
@@ -189,9 +230,7 @@ class Rows:
         if self.dropout and not self._gains and x.dtype is torch.float32 and f"{name}.weight" not in self._full:
             return fused.rms_norm(x, self._weights[f"{name}.weight"], eps)
         scale = eps * self._gains["eps"][layer] if self._gains else eps  # (B, 1, 1) or a number
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + scale)
-        return self.weight(f"{name}.weight") * wide.to(x.dtype)
+        return self._arithmetic.rms_norm(x, self.weight(f"{name}.weight"), scale)
 
     def layer_norm(self, x: Tensor, name: str, eps: float, layer: int) -> Tensor:
         """LayerNorm over the last dimension, with weight and bias. `layer` -1 is the final norm."""

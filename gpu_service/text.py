@@ -21,10 +21,10 @@ from gpu_service.decoder import Decoder
 from gpu_service.detokenizer import Detokenizer
 from gpu_service.device import give_back, quick_vectors, translate
 from gpu_service.errors import GpuError, NotFinite, OutOfMemory
-from gpu_service.products import Product, plain
+from gpu_service.kernels import TORCH, Arithmetic
 from gpu_service.quantize import Quantized
 from gpu_service.reuse import Reuse
-from gpu_service.rows import Dials, Rows
+from gpu_service.rows import Dials, Joined, Rows
 from gpu_service.sampling import Drawn, Sampler, Sampling, told
 from gpu_service.scheduler import Admission
 
@@ -72,7 +72,8 @@ class Served:
     tokenizer: Any
     stop_ids: frozenset[int]
     quantized: Mapping[str, Quantized] | None = None  # the matrices that `weights` lacks
-    product: Product = plain
+    arithmetic: Arithmetic = TORCH
+    joined: Mapping[tuple[str, ...], Joined] | None = None  # of `weights`
 
     def text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
@@ -343,7 +344,7 @@ class Engine:
                 return
             if request.group not in self._groups:
                 geometry = request.served.decoder.geometry(self._dtype, self._device)
-                self._groups[request.group] = _Group(request.served, Pool(geometry))
+                self._groups[request.group] = _Group(request.served, Pool(geometry, request.served.arithmetic))
             group = self._groups[request.group]
             for index in range(request.n):
                 group.rows[group.pool.join(reader.cache)] = _Row(request, index, reader.cached_tokens)
@@ -412,5 +413,6 @@ def _rows(requests: list[Request]) -> Rows:
         full=first.adapter.full if first.adapter else None,
         lora=[r.adapter.lora if r.adapter else None for r in requests],
         dials=[r.dials for r in requests],
-        product=first.served.product,
+        arithmetic=first.served.arithmetic,
+        joined=first.served.joined,
     )

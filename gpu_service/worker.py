@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from gpu_service import artifacts, costs, image, prepare, products, train
+from gpu_service import artifacts, costs, image, kernels, prepare, train
 from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
@@ -30,7 +30,7 @@ from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
 from gpu_service.metrics import Metrics
 from gpu_service.models import Base, Models
 from gpu_service.prefix import Shelf
-from gpu_service.rows import Dials, Rows
+from gpu_service.rows import Dials, Rows, join
 from gpu_service.sampling import Sampling
 from gpu_service.scheduler import Scheduler
 from gpu_service.settings import Settings
@@ -430,6 +430,8 @@ class Worker:
         source = base.source
         if source.id not in self._served:
             decoder = decoders.build(source.family, source.config, self._device.torch)
+            # Elsewhere memory that is given back piece by piece may be of no use to what is larger.
+            joined = join(base.weights, decoder.same_input()) if self._device.torch.type == "cpu" else {}
             served = Served(
                 source.id,
                 decoder,
@@ -437,7 +439,8 @@ class Worker:
                 source.tokenizer,
                 source.stop_ids,
                 base.quantized,
-                products.choose([w for w in base.weights.values() if w.dim() == 2], self._compiled),
+                kernels.choose([w for w in base.weights.values() if w.dim() == 2], self._compiled),
+                joined,
             )
             self._served[source.id] = served
             self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)

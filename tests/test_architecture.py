@@ -73,7 +73,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["rows", "cache", "fused"],
         ["models", "artifacts", "sampling", "detokenizer"],
         ["sd"],
-        ["quantize", "lora", "products", "hub", "unet"],
+        ["quantize", "lora", "kernels", "hub", "unet"],
         ["device", "costs", "layers", "metrics", "scheduler"],
         ["settings", "errors"],
     ],

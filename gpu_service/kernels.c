@@ -1,10 +1,12 @@
-/* Products of bf16 with sums in fp32, for CPUs: see products.py. OpenMP is the one that torch has loaded. In all of them
- * each sum runs in the same order however many rows there are, so a row's result does not depend on the rows beside it.
+/* What a decode step is made of, in bf16 with sums in fp32, for CPUs: see kernels.py. OpenMP is the one that torch has
+ * loaded. Each sum runs in the same order however many rows there are, so a row's result does not depend on the rows
+ * beside it.
  *
- * Where the processor multiplies bf16 (AVX512-BF16), its own instruction does. Elsewhere it is portable C with GNU
- * vectors: a bf16 number is the upper half of an fp32, so 16 bits at even places become fp32 by a shift, those at odd
+ * Products: where the processor multiplies bf16 (AVX512-BF16), its own instruction does. Elsewhere it is portable C with
+ * GNU vectors: a bf16 number is the upper half of an fp32, so 16 bits at even places become fp32 by a shift, those at odd
  * places by a mask, two instructions for a whole block of weights; activations are laid out in the same order once.
  */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -24,6 +26,25 @@ static inline uint16_t rounded(float f) {
     memcpy(&u, &f, 4);
     if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0; /* NaN */
     return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+
+static inline vec wide_of_all(const uint16_t *b) { return (vec)(__builtin_convertvector(*(const halves *)b, bits) << 16); }
+
+static inline float total(vec v) {
+    quad q = {0};
+    for (int i = 0; i < LANES / 4; i++) q += ((const quad *)&v)[i];
+    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 #ifdef __AVX512BF16__
@@ -63,11 +84,10 @@ INLINE __m512 sums(const __m512 *v) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 }
 
-/* M_ rows of x, of which `rows` count, by SUMS / M_ rows of w. Weights are asked for a tile ahead: they come from
- * memory, and the processor alone sees too late how the tiles follow each other. */
-#define TILE(M_)                                                                                                  \
-    INLINE void tile##M_(const number *x, const uint16_t *w, const uint16_t *add, long add_stride, uint16_t *y,  \
-                         long rows, long K, long N) {                                                             \
+/* The products of M_ rows of x with SUMS / M_ rows of w. Weights are asked for a tile ahead: they come from memory, and
+ * the processor alone sees too late how the tiles follow each other. */
+#define DOTS(M_)                                                                                                  \
+    INLINE __m512 dots##M_(const number *x, const uint16_t *w, long K) {                                          \
         enum { N_ = SUMS / M_ };                                                                                  \
         __m512 acc[SUMS];                                                                                         \
         UNROLL for (int i = 0; i < SUMS; i++) acc[i] = _mm512_setzero_ps();                                       \
@@ -82,19 +102,22 @@ INLINE __m512 sums(const __m512 *v) {
                 UNROLL for (int n = 0; n < N_; n++) acc[m * N_ + n] = _mm512_dpbf16_ps(acc[m * N_ + n], a, b[n]); \
             }                                                                                                     \
         }                                                                                                         \
-        __m512 s = sums(acc);                                                                                     \
-        uint16_t out[SUMS] = {0};                                                                                 \
-        if (add) {                                                                                                \
-            UNROLL for (long m = 0; m < M_ && m < rows; m++)                                                          \
-                memcpy(out + m * N_, add + m * add_stride, 2 * N_);                                               \
-            __m512i plus = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)out));                       \
-            s = _mm512_add_ps(s, _mm512_castsi512_ps(_mm512_slli_epi32(plus, 16)));                               \
-        }                                                                                                         \
-        _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(s));                                      \
-        UNROLL for (long m = 0; m < M_ && m < rows; m++) memcpy(y + m * N, out + m * N_, 2 * N_);                 \
+        return sums(acc);                                                                                         \
     }
 
-TILE(1) TILE(2) TILE(4) TILE(8)
+DOTS(1) DOTS(2) DOTS(4) DOTS(8)
+
+/* s plus what is to be added, into `rows` rows of y, each of the N_ numbers that s has of it. */
+INLINE void store(__m512 s, const uint16_t *add, long add_stride, uint16_t *y, long rows, long N_, long N) {
+    uint16_t out[SUMS] = {0};
+    if (add) {
+        for (long m = 0; m < rows && m * N_ < SUMS; m++) memcpy(out + m * N_, add + m * add_stride, 2 * N_);
+        __m512i plus = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)out));
+        s = _mm512_add_ps(s, _mm512_castsi512_ps(_mm512_slli_epi32(plus, 16)));
+    }
+    _mm256_storeu_si256((__m256i *)out, (__m256i)_mm512_cvtneps_pbh(s));
+    for (long m = 0; m < rows && m * N_ < SUMS; m++) memcpy(y + m * N, out + m * N_, 2 * N_);
+}
 
 /* One row of x by one of w, the sum as in a tile. */
 static void single(const number *x, const uint16_t *w, const uint16_t *add, uint16_t *y, long K) {
@@ -116,10 +139,10 @@ static void span(const number *x, const uint16_t *w, const uint16_t *add, long a
             const uint16_t *at = w + n * K, *plus = add ? add + m * add_stride + n : 0;
             uint16_t *to = y + m * N + n;
             switch (wide) {
-            case 1: tile1(row, at, plus, add_stride, to, rows, K, N); break;
-            case 2: tile2(row, at, plus, add_stride, to, rows, K, N); break;
-            case 4: tile4(row, at, plus, add_stride, to, rows, K, N); break;
-            default: tile8(row, at, plus, add_stride, to, rows, K, N);
+            case 1: store(dots1(row, at, K), plus, add_stride, to, 1, 16, N); break;
+            case 2: store(dots2(row, at, K), plus, add_stride, to, 2, 8, N); break;
+            case 4: store(dots4(row, at, K), plus, add_stride, to, rows, 4, N); break;
+            default: store(dots8(row, at, K), plus, add_stride, to, rows, 2, N);
             }
         }
         for (; n < end; n++)
@@ -130,19 +153,11 @@ static void span(const number *x, const uint16_t *w, const uint16_t *add, long a
 
 #else
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 #define BLOCK (2 * LANES) /* K must be a multiple of it */
 #define NR 3              /* rows of weights and of activations in one tile: 12 sums, 3 weights and 1 activation fill */
 #define MR 4              /* the 16 registers of AVX2 */
 
 typedef float number;
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 static const number *prepared(const uint16_t *x, void *scratch, long M, long K) {
     float *wide = scratch;
@@ -152,12 +167,6 @@ static const number *prepared(const uint16_t *x, void *scratch, long M, long K) 
         *(bits *)(wide + k + LANES) = b & 0xffff0000u;
     }
     return wide;
-}
-
-static inline float sum(vec v) {
-    quad q = {0};
-    for (int i = 0; i < LANES / 4; i++) q += ((const quad *)&v)[i];
-    return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 /* N_ rows of w times M_ rows of x. */
@@ -179,7 +188,7 @@ static inline float sum(vec v) {
         }                                                                                                         \
         for (int m = 0; m < M_; m++)                                                                              \
             for (int n = 0; n < N_; n++)                                                                          \
-                y[m * N + n] = rounded(sum(acc[n][m]) + (add ? wide_of(add[m * add_stride + n]) : 0));            \
+                y[m * N + n] = rounded(total(acc[n][m]) + (add ? wide_of(add[m * add_stride + n]) : 0));            \
     }
 
 TILE(3, 4) TILE(3, 3) TILE(3, 2) TILE(3, 1) TILE(1, 4) TILE(1, 3) TILE(1, 2) TILE(1, 1)
@@ -259,6 +268,103 @@ void adapt(const uint16_t *x, uint16_t *y, const uint16_t **a, const uint16_t **
                 for (long n = 0; n < end - first; n++) sums[n] += wide_of(at[n]) * own[r];
             }
             for (long n = first; n < end; n++) y[m * N + n] = rounded(wide_of(y[m * N + n]) + sums[n - first]);
+        }
+    }
+}
+
+/* y (M, D) = x (M, D) over the root of its mean square, times w (D); all bf16 and dense. Row m's epsilon is of[m / each],
+ * or `eps` where `of` is null. Rounded before the weight too, as the models were trained. */
+void rms_norm(const uint16_t *x, const uint16_t *w, const float *of, float eps, uint16_t *y, long M, long each, long D) {
+#pragma omp parallel for schedule(static) if (M * D > 1 << 16)
+    for (long m = 0; m < M; m++) {
+        const uint16_t *row = x + m * D;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (long d = 0; d < D; d++) squares += wide_of(row[d]) * wide_of(row[d]);
+        float factor = 1 / sqrtf(squares / D + (of ? of[m / each] : eps));
+#pragma omp simd
+        for (long d = 0; d < D; d++) y[m * D + d] = rounded(wide_of(rounded(wide_of(row[d]) * factor)) * wide_of(w[d]));
+    }
+}
+
+/* e to the x, for x <= 0; within 2e-7 of it. Below -87 it is 0 for all that follows. */
+static inline float exp_of(float x) {
+    float t = x * 1.44269504f;
+    t = t < -126 ? -126 : t;
+    float whole = __builtin_rintf(t), f = t - whole;
+    float p = 1 + f * (0.69314718f + f * (0.24022651f + f * (0.05550411f + f * (0.00961813f + f * (0.00133336f + f * 0.00015403f)))));
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+/* p (n) = q (Dh) . keys (n, Dh)^T * scale */
+static void scores(const uint16_t *q, const uint16_t *keys, float *p, float scale, long n, long Dh) {
+    long j = 0;
+#ifdef __AVX512BF16__
+    for (; Dh % BLOCK == 0 && j + SUMS <= n; j += SUMS)
+        _mm512_storeu_ps(p + j, _mm512_mul_ps(dots1(q, keys + j * Dh, Dh), _mm512_set1_ps(scale)));
+#endif
+    for (; j < n; j++) {
+        vec sums = {0};
+        for (long d = 0; d < Dh; d += LANES) sums += wide_of_all(keys + j * Dh + d) * wide_of_all(q + d);
+        p[j] = total(sums) * scale;
+    }
+}
+
+static void softmax(float *p, long n) {
+    float most = p[0], sum = 0;
+#pragma omp simd reduction(max : most)
+    for (long j = 0; j < n; j++) most = p[j] > most ? p[j] : most;
+#pragma omp simd reduction(+ : sum)
+    for (long j = 0; j < n; j++) {
+        p[j] = exp_of(p[j] - most);
+        sum += p[j];
+    }
+    float share = 1 / sum;
+    for (long j = 0; j < n; j++) p[j] *= share;
+}
+
+/* y (R_, Dh) = p (R_ rows of n, `longest` apart) . values (n, Dh) */
+#define WEIGH(R_)                                                                                                 \
+    static void weigh##R_(const float *p, const uint16_t *values, uint16_t *y, long longest, long n, long Dh) {   \
+        for (long d = 0; d < Dh; d += LANES) {                                                                    \
+            vec sums[R_] = {0};                                                                                   \
+            for (long j = 0; j < n; j++) {                                                                        \
+                vec value = wide_of_all(values + j * Dh + d);                                                     \
+                for (int r = 0; r < R_; r++) sums[r] += value * p[r * longest + j];                               \
+            }                                                                                                     \
+            for (int r = 0; r < R_; r++)                                                                          \
+                for (int i = 0; i < LANES; i++) y[r * Dh + d + i] = rounded(sums[r][i]);                          \
+        }                                                                                                         \
+    }
+
+WEIGH(1) WEIGH(2) WEIGH(4)
+
+/* One token of each of B rows: its k and v (G x Dh) are written behind the at[b] that keys and values (slots, G, capacity,
+ * Dh) hold of row b, and its q (H x Dh) attends to them all; y (B, H, Dh). Dh is a multiple of 16. `strides` are those of
+ * q's, k's and v's rows. `scratch` has room for B x H x longest floats, where `longest` counts this token. */
+void attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const long *strides, uint16_t *keys, uint16_t *values,
+            const long *at, uint16_t *y, float *scratch, long longest, long B, long H, long G, long Dh, long capacity) {
+    long R = H / G; /* heads of q that share one of k */
+    float scale = 1 / sqrtf((float)Dh);
+#pragma omp parallel for schedule(dynamic, 1) if (B * H * longest * Dh > 1 << 14)
+    for (long task = 0; task < B * G; task++) {
+        long b = task / G, g = task % G, n = at[b] + 1;
+        uint16_t *own_keys = keys + task * capacity * Dh, *own_values = values + task * capacity * Dh;
+        const uint16_t *heads = q + b * strides[0] + g * R * Dh;
+        uint16_t *out = y + (b * H + g * R) * Dh;
+        float *p = scratch + task * R * longest;
+        memcpy(own_keys + at[b] * Dh, k + b * strides[1] + g * Dh, 2 * Dh);
+        memcpy(own_values + at[b] * Dh, v + b * strides[2] + g * Dh, 2 * Dh);
+        for (long r = 0; r < R; r++) {
+            scores(heads + r * Dh, own_keys, p + r * longest, scale, n, Dh);
+            softmax(p + r * longest, n);
+        }
+        for (long r = 0, many; r < R; r += many) {
+            many = R - r >= 4 ? 4 : R - r >= 2 ? 2 : 1;
+            (many == 4 ? weigh4 : many == 2 ? weigh2 : weigh1)(p + r * longest, own_values, out + r * Dh, longest, n, Dh);
         }
     }
 }
