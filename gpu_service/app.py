@@ -264,10 +264,11 @@ async def _whole(shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int
         async for event in events:
             if isinstance(event, PromptTold):
                 for answer in answers:
-                    answer.drawn = event.drawn
+                    answer.drawn, answer.offsets = event.drawn, shape.offsets(event.drawn, echo, 0)
                 continue
             answer = answers[event.index]
             if isinstance(event, Piece):
+                answer.offsets += shape.offsets(event.drawn, event.text, len(answer.text))
                 answer.text += event.text
                 answer.drawn += event.drawn
             else:
@@ -288,7 +289,7 @@ async def _frames(
     """Server-sent events. With `prompt_tokens` they begin and end with comments for the relay, which counts what its
     users use.
     """
-    finishes = list[Finish]()
+    finishes, written = list[Finish](), [len(echo)] * n
     async with aclosing(events):  # type: ignore[type-var]
         if prompt_tokens is not None:
             yield _used(prompt_tokens, 0)
@@ -305,7 +306,8 @@ async def _frames(
                 finishes.append(event)
                 yield frame(shape.last(event))
             else:
-                yield frame(shape.piece(event.index, event.text, event.drawn))
+                yield frame(shape.piece(event.index, event.text, event.drawn, written[event.index]))
+                written[event.index] += len(event.text)
         if include_usage:
             yield frame(shape.usage_only(finishes))
         if prompt_tokens is not None:

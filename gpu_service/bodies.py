@@ -9,7 +9,8 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -343,6 +344,7 @@ class Answer:
 
     text: str = ""
     drawn: tuple[Drawn, ...] = ()
+    offsets: list[int] = field(default_factory=list)  # where in the text each of `drawn` begins
     reason: str | None = None
 
 
@@ -369,7 +371,7 @@ class AnswerShape:
                 if self.chat
                 else {"text": answer.text}
             )
-            logprobs = self._logprobs(answer.drawn)
+            logprobs = self._logprobs(answer.drawn, answer.offsets)
             choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": answer.reason})
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": usage(finishes)}
@@ -377,8 +379,15 @@ class AnswerShape:
     def first(self, index: int) -> dict[str, Any] | None:
         return self._chunk(index, {"role": "assistant", "content": ""}) if self.chat else None
 
-    def piece(self, index: int, text: str, drawn: tuple[Drawn, ...] = ()) -> dict[str, Any]:
-        return self._chunk(index, {"content": text} if self.chat else text, drawn=drawn)
+    def piece(self, index: int, text: str, drawn: tuple[Drawn, ...] = (), begins: int = 0) -> dict[str, Any]:
+        """`begins`: how much of the answer stands before it."""
+        content, offsets = {"content": text} if self.chat else text, self.offsets(drawn, text, begins)
+        return self._chunk(index, content, logprobs=self._logprobs(drawn, offsets))
+
+    def offsets(self, drawn: tuple[Drawn, ...], text: str, begins: int) -> list[int]:
+        """Where each token of this piece of text begins, in characters; parts of one character begin where it does."""
+        lengths = accumulate((len(self.token_text(d.token)) for d in drawn[:-1]), initial=0)
+        return [begins + min(at, len(text)) for at in lengths] if drawn else []
 
     def last(self, finish: Finish) -> dict[str, Any]:
         return self._chunk(finish.index, {} if self.chat else "", reason=finish.reason)
@@ -391,13 +400,18 @@ class AnswerShape:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
     def _chunk(
-        self, index: int, content: dict[str, Any] | str, *, drawn: tuple[Drawn, ...] = (), reason: str | None = None
+        self,
+        index: int,
+        content: dict[str, Any] | str,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
     ) -> dict[str, Any]:
         name = "delta" if self.chat else "text"
-        choice = {"index": index, name: content, "logprobs": self._logprobs(drawn), "finish_reason": reason}
+        choice = {"index": index, name: content, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head(self._chunk_kind), "choices": [choice]}
 
-    def _logprobs(self, drawn: tuple[Drawn, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, drawn: tuple[Drawn, ...], offsets: list[int]) -> dict[str, Any] | None:
         if not drawn:
             return None
         if self.chat:
@@ -413,7 +427,7 @@ class AnswerShape:
                 None if d.logprob is None else {self.token_text(token): logprob for token, logprob in d.top}
                 for d in drawn
             ],  # the first of an echoed prompt follows nothing, so nothing was likely
-            "text_offset": None,
+            "text_offset": offsets,
         }
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:

@@ -72,12 +72,14 @@ def estimate(
     chunk = min(rows * tokens, TRAINED_HEAD_CHUNK_TOKENS if head_trained else HEAD_CHUNK_TOKENS)
     logits = chunk * shape.vocab * (12 if head_trained else 4)
     labelled = int(LABELLED * rows * tokens) * shape.hidden * base_bytes_per_param
+    adapted = [4 * target.tensor.n_params for target in selection.lora if target.dora]  # whole, one at a time
     cast = n * base_bytes_per_param if base_bytes_per_param < 4 else 0  # of fp32 copies, for the products
+    kept_bytes = rows * tokens * (per_token * base_bytes_per_param + exact)
     return Estimate(
         weights_bytes=base_weights_bytes,
         gradients_bytes=4 * n,
         optimizer_bytes=moments_bytes_per_param * n,
-        activations_bytes=rows * tokens * (per_token * base_bytes_per_param + exact) + logits + 2 * labelled + cast,
+        activations_bytes=kept_bytes + logits + 2 * labelled + cast + max(adapted, default=0),
         adapter_bytes=4 * n,
     )
 
@@ -87,7 +89,7 @@ def _kept_numbers(selection: Selection, shape: Shape, layer: int) -> int:
 
     Always: what enters it and what lies between its two blocks; q, k, v (as if heads were not shared) and the
     attention's output; and the MLP's inner states, of which a gated one has three. A matrix that is trained or adapted
-    keeps its input besides.
+    keeps its input besides; under DoRA also what it puts out, once without and once with its pair.
     """
     parts = {t.part for t in selection.full if t.layer == layer}
     parts |= {target.tensor.part for target in selection.lora if target.tensor.layer == layer}
@@ -98,7 +100,7 @@ def _kept_numbers(selection: Selection, shape: Shape, layer: int) -> int:
         numbers += shape.hidden
     if "mlp.down" in parts:
         numbers += shape.intermediate
-    return numbers
+    return numbers + sum(2 * t.tensor.shape[0] for t in selection.lora if t.dora and t.tensor.layer == layer)
 
 
 def checkpoint_bytes(selection: Selection, moments_bytes_per_param: int = 8) -> int:

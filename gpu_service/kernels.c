@@ -10,8 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ADAPTED 64 /* outputs of a LoRA pair that one thread takes at a time */
-#define CHUNK 48   /* rows of weights that one thread takes at a time; they stay in its cache for all of x */
+#define WIDE 4   /* vectors of a LoRA pair's outputs that are summed at a time */
+#define CHUNK 48 /* rows of weights that one thread takes at a time; they stay in its cache for all of x */
 
 static inline float wide_of(uint16_t b) {
     uint32_t u = (uint32_t)b << 16;
@@ -40,6 +40,12 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_a
 typedef uint32_t bits __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
 static inline vec wide_of_all(const uint16_t *b) { return (vec)(__builtin_convertvector(*(const halves *)b, bits) << 16); }
+
+static inline void round_all(uint16_t *y, vec v) {
+    bits u = (bits)v, none = (bits)(v != v);
+    u = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+    *(halves *)y = __builtin_convertvector((u & ~none) | (0x7fc0u & none), halves);
+}
 
 static inline float total(vec v) {
     quad q = {0};
@@ -235,39 +241,44 @@ void product(const uint16_t *x, const uint16_t *w, const uint16_t *add, long add
         span(rows, w, add, add_stride, y, first, first + CHUNK < N ? first + CHUNK : N, M, N, K);
 }
 
+/* p (n) = x (K) . w (n, K)^T * scale; K is a multiple of LANES. */
+static void dots(const uint16_t *x, const uint16_t *w, float *p, float scale, long n, long K) {
+    long j = 0;
+#ifdef __AVX512BF16__
+    for (; K % BLOCK == 0 && j + SUMS <= n; j += SUMS)
+        _mm512_storeu_ps(p + j, _mm512_mul_ps(dots1(x, w + j * K, K), _mm512_set1_ps(scale)));
+#endif
+    for (; j < n; j++) {
+        vec sums = {0};
+        for (long k = 0; k < K; k += LANES) sums += wide_of_all(w + j * K + k) * wide_of_all(x + k);
+        p[j] = total(sums) * scale;
+    }
+}
+
 /* What LoRA adds to y (rows x each, N), in place, for x (rows x each, K), all bf16 and dense: row i of `each` rows meets
- * its own pair a[i] (rank[i], K) and b[i] (rank[i], N); at rank 0 its rows stay as they are. `wide` has room for all of x
- * in fp32 and `u` for `most` floats, the highest rank, a row of x. A row's sums do not depend on the rows beside it. */
+ * its own pair a[i] (rank[i], K) and b[i] (rank[i], N); at rank 0 its rows stay as they are. `scratch` has room for
+ * `most` floats, the highest rank, a row of x. */
 void adapt(const uint16_t *x, uint16_t *y, const uint16_t **a, const uint16_t **b, const long *rank, const float *scale,
-           float *wide, float *u, long rows, long each, long most, long N, long K) {
-    long M = rows * each, chunks = (N + ADAPTED - 1) / ADAPTED;
-    for (long k = 0; k < M * K; k++) wide[k] = wide_of(x[k]);
-#pragma omp parallel if (M * N * most > 1 << 13)
-    {
-#pragma omp for schedule(static)
-        for (long j = 0; j < M * most; j++) {
-            long m = j / most, r = j % most, i = m / each;
-            if (r >= rank[i]) continue;
-            const uint16_t *at = a[i] + r * K;
-            const float *row = wide + m * K;
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (long k = 0; k < K; k++) sum += wide_of(at[k]) * row[k];
-            u[m * most + r] = sum * scale[i];
+           float *scratch, long rows, long each, long most, long N, long K) {
+#pragma omp parallel for schedule(dynamic, 1) if (rows * each * (N + K) * most > 1 << 15)
+    for (long m = 0; m < rows * each; m++) {
+        long i = m / each, R = rank[i];
+        const uint16_t *own = b[i];
+        float *u = scratch + m * most;
+        if (R == 0) continue;
+        dots(x + m * K, a[i], u, scale[i], R, K);
+        uint16_t *out = y + m * N;
+        long n = 0;
+        for (; n + WIDE * LANES <= N; n += WIDE * LANES) {
+            vec sums[WIDE] = {0};
+            for (long r = 0; r < R; r++)
+                for (int i = 0; i < WIDE; i++) sums[i] += wide_of_all(own + r * N + n + i * LANES) * u[r];
+            for (int i = 0; i < WIDE; i++) round_all(out + n + i * LANES, wide_of_all(out + n + i * LANES) + sums[i]);
         }
-#pragma omp for schedule(static)
-        for (long c = 0; c < M * chunks; c++) {
-            long m = c / chunks, i = m / each, R = rank[i], first = c % chunks * ADAPTED;
-            long end = first + ADAPTED < N ? first + ADAPTED : N;
-            const float *own = u + m * most;
-            if (R == 0) continue;
-            float sums[ADAPTED] = {0};
-            for (long r = 0; r < R; r++) {
-                const uint16_t *at = b[i] + r * N + first;
-#pragma omp simd
-                for (long n = 0; n < end - first; n++) sums[n] += wide_of(at[n]) * own[r];
-            }
-            for (long n = first; n < end; n++) y[m * N + n] = rounded(wide_of(y[m * N + n]) + sums[n - first]);
+        for (; n < N; n++) {
+            float sum = 0;
+            for (long r = 0; r < R; r++) sum += wide_of(own[r * N + n]) * u[r];
+            out[n] = rounded(wide_of(out[n]) + sum);
         }
     }
 }
@@ -299,20 +310,6 @@ static inline float exp_of(float x) {
     return p * power;
 }
 
-/* p (n) = q (Dh) . keys (n, Dh)^T * scale */
-static void scores(const uint16_t *q, const uint16_t *keys, float *p, float scale, long n, long Dh) {
-    long j = 0;
-#ifdef __AVX512BF16__
-    for (; Dh % BLOCK == 0 && j + SUMS <= n; j += SUMS)
-        _mm512_storeu_ps(p + j, _mm512_mul_ps(dots1(q, keys + j * Dh, Dh), _mm512_set1_ps(scale)));
-#endif
-    for (; j < n; j++) {
-        vec sums = {0};
-        for (long d = 0; d < Dh; d += LANES) sums += wide_of_all(keys + j * Dh + d) * wide_of_all(q + d);
-        p[j] = total(sums) * scale;
-    }
-}
-
 static void softmax(float *p, long n) {
     float most = p[0], sum = 0;
 #pragma omp simd reduction(max : most)
@@ -335,8 +332,7 @@ static void softmax(float *p, long n) {
                 vec value = wide_of_all(values + j * Dh + d);                                                     \
                 for (int r = 0; r < R_; r++) sums[r] += value * p[r * longest + j];                               \
             }                                                                                                     \
-            for (int r = 0; r < R_; r++)                                                                          \
-                for (int i = 0; i < LANES; i++) y[r * Dh + d + i] = rounded(sums[r][i]);                          \
+            for (int r = 0; r < R_; r++) round_all(y + r * Dh + d, sums[r]);                                      \
         }                                                                                                         \
     }
 
@@ -359,7 +355,7 @@ void attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const long 
         memcpy(own_keys + at[b] * Dh, k + b * strides[1] + g * Dh, 2 * Dh);
         memcpy(own_values + at[b] * Dh, v + b * strides[2] + g * Dh, 2 * Dh);
         for (long r = 0; r < R; r++) {
-            scores(heads + r * Dh, own_keys, p + r * longest, scale, n, Dh);
+            dots(heads + r * Dh, own_keys, p + r * longest, scale, n, Dh);
             softmax(p + r * longest, n);
         }
         for (long r = 0, many; r < R; r += many) {

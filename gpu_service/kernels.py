@@ -67,7 +67,8 @@ class Arithmetic:
     def linear(self, x: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
         """x (..., K), weight (N, K) -> (..., N); `add` (N,) or (..., N) is added within the product."""
         if add is None or add.dim() == 1:
-            return F.linear(x, weight, add)
+            # Flat: where x is a slice torch would make it a bmm, and copy the weight for it.
+            return F.linear(x.reshape(-1, x.shape[-1]), weight, add).view(*x.shape[:-1], len(weight))
         return torch.addmm(add.flatten(0, -2), x.flatten(0, -2), weight.T).view_as(add)
 
     def by_row(self, pairs: Sequence[Pair | None]) -> "ByRow | None":
@@ -103,7 +104,7 @@ class Own(Arithmetic):
         loaded = ctypes.CDLL(str(library))
         pointer, count = ctypes.c_void_p, ctypes.c_long
         self._product = _declared(loaded.product, [*[pointer] * 3, count, *[pointer] * 2, *[count] * 3])
-        self._adapt = _declared(loaded.adapt, [*[pointer] * 8, *[count] * 5])
+        self._adapt = _declared(loaded.adapt, [*[pointer] * 7, *[count] * 5])
         self._norm = _declared(loaded.rms_norm, [*[pointer] * 3, ctypes.c_float, pointer, *[count] * 3])
         self._attend = _declared(loaded.attend, [*[pointer] * 9, *[count] * 6])
         self._block = int(loaded.block())
@@ -131,7 +132,8 @@ class Own(Arithmetic):
         return _is_half(weight) and weight.shape[1] % self._block == 0 and weight.is_contiguous()
 
     def by_row(self, pairs: Sequence[Pair | None]) -> "ByRow | None":
-        return ByRow(self._adapt, pairs) if all(_is_half(t) for pair in pairs if pair for t in pair[:2]) else None
+        taken = all(_is_half(t) for p in pairs if p for t in p[:2]) and all(p[0].shape[1] % 16 == 0 for p in pairs if p)
+        return ByRow(self._adapt, pairs) if taken else None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: Tensor | float) -> Tensor:
         if not _is_half(x) or weight.dtype is not x.dtype:
@@ -187,9 +189,10 @@ class ByRow:
         """x (B, T, in) and y (B, T, out), of which the result may take the place."""
         x, y = x.contiguous(), y.contiguous()
         B, T, K = x.shape
-        wide, u = torch.empty(B * T * K), torch.empty(B * T * self._most)
+        B, T = (1, B * T) if len(self._ranks) == 1 else (B, T)  # one pair stands for every row
+        scratch = torch.empty(B * T * self._most)
         self._adapt(
-            *(x.data_ptr(), y.data_ptr(), self._a, self._b, self._ranks, self._scales, wide.data_ptr(), u.data_ptr()),
+            *(x.data_ptr(), y.data_ptr(), self._a, self._b, self._ranks, self._scales, scratch.data_ptr()),
             *(B, T, self._most, y.shape[-1], K),
         )
         return y

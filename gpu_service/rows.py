@@ -112,6 +112,9 @@ class Rows:
         distinct = list({id(adapter): adapter for adapter in lora if adapter}.values())
         if distinct and all(adapter is distinct[0] for adapter in lora):
             self._lora = distinct[0]
+            if not dropout:
+                each = {name: arithmetic.by_row([(p.a, p.b, p.scale)]) for name, p in self._lora.items()}
+                self._own = {name: kernel for name, kernel in each.items() if kernel}
         elif distinct:
             self._share(distinct, lora)
 
@@ -201,6 +204,8 @@ class Rows:
     def _adapted(self, y: Tensor, x: Tensor, name: str, bias: Tensor | None) -> Tensor:
         """y (B, T, out), which has the bias in it already."""
         if lora := self._lora.get(f"{name}.weight"):
+            if own := self._own.get(f"{name}.weight"):
+                return own(x, y if lora.stretch is None else _stretched(y, lora.stretch, bias))
             u = self._arithmetic.linear(x, lora.a.to(x.dtype), None) * lora.scale
             b = lora.b.to(x.dtype)
             if lora.magnitude is not None:

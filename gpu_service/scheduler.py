@@ -1,7 +1,8 @@
 """What runs next on the device, and who may begin. Plain Python, no torch.
 
 Device time is shared by stride scheduling (Waldspurger and Weihl, 1995): each kind of work has a share, and whoever is
-furthest behind its share goes next. So chat waits for one slice of training at most, and chat can't starve training.
+furthest behind its share goes next. So chat waits for one slice of training, or for as many as a longer step of its own
+has earned training, and chat can't starve training.
 """
 
 from collections import OrderedDict, deque

@@ -177,7 +177,8 @@ class _Reader:
     def _logits(self, h: Tensor) -> Tensor:
         """(1, T, D) -> (T, V)"""
         decoder = self.request.served.decoder
-        return decoder.unembed(decoder.final_norm(h, self.rows), self.rows)[0]
+        with quick_vectors(h.shape[1], h.dtype, h.device):
+            return decoder.unembed(decoder.final_norm(h, self.rows), self.rows)[0]
 
 
 class _Group:

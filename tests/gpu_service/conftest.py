@@ -13,13 +13,14 @@ import pytest
 import uvicorn
 
 from gpu_service import device as devices
+from gpu_service import models
 from gpu_service.app import Parts, Tuned, create_app
 from gpu_service.device import Device
 from gpu_service.gate import Gate, Identity
 from gpu_service.models import Base, Models
 from gpu_service.settings import Settings
 from gpu_service.worker import Worker
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 KEY = "sk-gpu-of-the-test"
 
@@ -37,6 +38,11 @@ def tiny(tiny_dir: Path, cpu: Device) -> Base:
 @pytest.fixture(scope="session")
 def smol(smol_dir: Path, cpu: Device) -> Base:
     return Models((str(smol_dir),), cpu).load(smol_dir.name)
+
+
+@pytest.fixture(scope="session")
+def gpt2(cpu: Device) -> Base:
+    return models.read_base(models.find(str(ROOT / "demo/gpt2/model")), cpu)
 
 
 @pytest.fixture

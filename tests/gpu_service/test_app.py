@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from itertools import accumulate
 from typing import Any
 
 import httpx2
@@ -90,16 +91,20 @@ async def test_echo_with_log_probabilities_tells_those_of_the_prompt_whole_and_s
     assert whole.usage
     assert len(told.tokens) == whole.usage.prompt_tokens + 3
     assert "".join(told.tokens) == whole.choices[0].text
+    lengths = accumulate(len(token) for token in told.tokens[:-1])
+    assert told.text_offset == [0, *lengths]
     assert told.token_logprobs[0] is None
     assert told.top_logprobs[0] is None
     assert all(p <= 0 for p in told.token_logprobs[1:])
-    texts, tokens = ["", ""], [0, 0]
+    texts, tokens, offsets = ["", ""], [0, 0], list[int]()
     async for chunk in await client.completions.create(**asked, max_tokens=3, seed=1, stream=True):
         choice = chunk.choices[0]
         texts[choice.index] += choice.text
         tokens[choice.index] += len(choice.logprobs.tokens or []) if choice.logprobs else 0
+        offsets += (choice.logprobs.text_offset or []) if choice.logprobs and choice.index == 0 else []
     assert texts == [choice.text for choice in whole.choices]
     assert tokens == [len(told.tokens)] * 2
+    assert offsets == told.text_offset
 
     only = await client.completions.create(**asked, max_tokens=0)
     assert only.usage

@@ -7,7 +7,7 @@ import torch
 
 import wire
 from bench import train_table
-from gpu_service import artifacts, checkpoints, costs, layers, models, train, trainable
+from gpu_service import artifacts, checkpoints, costs, layers, train, trainable
 from gpu_service import decoder as decoders
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
@@ -22,6 +22,7 @@ SPECS = [
     wire.LayerSpec(layers="last:3"),
     wire.LayerSpec(parts=["attn"], layers="last:3"),
     wire.LayerSpec(method="full", parts=["mlp"], layers="last:2"),
+    wire.LayerSpec(method="dora", layers="last:2"),
 ]
 
 
@@ -30,11 +31,6 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     file.write_text("\n".join((ROOT / "demo/captain.jsonl").read_text().splitlines()[:12]))
     return file
-
-
-@pytest.fixture(scope="module")
-def gpt2(cpu: Device) -> Base:
-    return models.read_base(models.find(str(ROOT / "demo/gpt2/model")), cpu)
 
 
 class Kept:
@@ -105,7 +101,7 @@ def test_weights_trained_numbers_and_checkpoints_are_what_is_stored(
     assert isinstance(trained, train.Trained)
     cost = source.cost(selection, plan.micro_rows, 64, 4)
     assert cost.weights_bytes == tiny.n_bytes
-    tensors = [*trained.full.values(), *(t for pair in trained.lora.values() for t in (pair.a, pair.b))]
+    tensors = [*trained.full.values(), *(t for pair in trained.lora.values() for t in pair.tensors.values())]
     assert cost.adapter_bytes == cost.gradients_bytes == sum(t.nbytes for t in tensors)
     cache = artifacts.BlobCache(tmp_path / "blobs", 10**9)
     stored = checkpoints.save(cache, "0" * 64, checkpoints.Stored(state, plan, 0.0, "here", 0.0))

@@ -13,7 +13,7 @@ import torch
 
 import wire
 from gpu_service import decoder as decoders
-from gpu_service import layers, models, prefix, train
+from gpu_service import layers, prefix, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.device import Device, Precision
@@ -30,11 +30,6 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "rows.jsonl"
     file.write_text("\n".join((ROOT / "demo/captain.jsonl").read_text().splitlines()[:12]))
     return file
-
-
-@pytest.fixture(scope="module")
-def gpt2(cpu: Device) -> Base:
-    return models.read_base(models.find(str(ROOT / "demo/gpt2/model")), cpu)
 
 
 def ended(steps: Generator[prefix.Working, None, T]) -> T:

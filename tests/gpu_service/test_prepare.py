@@ -33,11 +33,6 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def gpt2(cpu: Device) -> Base:
-    return models.read_base(models.find(str(ROOT / "demo/gpt2/model")), cpu)
-
-
 def job(
     source: models.Source, device: Device, rows_file: Path, folder: Path, spec: wire.LayerSpec = LAST, **asked: object
 ) -> train.Job:

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from gpu_service import bodies
+from gpu_service import decoder as decoders
 from gpu_service.llama import Llama
 from gpu_service.lora import Lora
 from gpu_service.models import Base
-from gpu_service.rows import Dials, Rows
+from gpu_service.rows import Dials, Rows, join
 from tests.gpu_service.test_decoders import whole_logits
 
 CPU = torch.device("cpu")
@@ -113,3 +114,29 @@ def test_rows_of_different_adapters_and_none_share_a_batch(tiny: Base) -> None:
             alone = whole_logits(decoder, Rows(tiny.weights, lora=[adapter]), ids[:1])
             torch.testing.assert_close(mixed[row], alone[0], atol=1e-5, rtol=1e-4)
         assert torch.equal(mixed[1], whole_logits(decoder, Rows(tiny.weights), ids)[1]), "base rows are untouched"
+
+
+@torch.no_grad()
+def test_matrices_laid_side_by_side_say_what_they_say_apart(tiny: Base, gpt2: Base) -> None:
+    for base in (tiny, gpt2):
+        decoder = decoders.build(base.source.family, base.source.config, CPU)
+        weights = dict(base.weights)
+        joined = join(weights, decoder.same_input())
+        assert joined
+        for names, both in joined.items():
+            for name in names:
+                assert weights[f"{name}.weight"].data_ptr() in range(
+                    both.weight.data_ptr(), both.weight.data_ptr() + both.weight.nbytes
+                ), "it is held twice"
+                assert torch.equal(weights[f"{name}.weight"], base.weights[f"{name}.weight"])
+        replaced = f"{next(iter(joined))[1]}.weight"  # one of a group
+        full = {replaced: base.weights[replaced] * 2}
+        for more in ({}, {"lora": [random_lora(base, 0), random_lora(base, 1)]}, {"full": full}):
+            apart = whole_logits(decoder, Rows(base.weights, **more), IDS)
+            together = whole_logits(decoder, Rows(weights, joined=joined, **more), IDS)
+            torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_all_there_is_not_joined() -> None:
+    weights = {"a.weight": torch.ones(2, 3), "b.weight": torch.ones(1, 3), "b.bias": torch.ones(1)}
+    assert join(weights, [("a", "b"), ("a", "packed")]) == {}
