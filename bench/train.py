@@ -7,8 +7,9 @@ the last and includes the frozen prefix, whose folder is empty at the start; the
 Loading and tokenising are in neither.
 
 The last line is JSON. Speed-ups are the peer's seconds / ours; `loss_gap` is ours / the peer's - 1 of the final
-validation loss; memory is the peak of the process, ours / the peer's. Run it by `make bench-train`, on a machine that
-does nothing else. `--quick` is one epoch of a few rows, for who works on it.
+validation loss; memory is the peak of the process, ours / the peer's. `bf16` is ours with a base model in bf16, as a
+device with bf16 units has it unless told otherwise, against the same peer in fp32. Run it by `make bench-train`, on a
+machine that does nothing else. `--quick` is one epoch of a few rows, for who works on it.
 """
 
 import argparse
@@ -162,6 +163,7 @@ def main() -> int:
         same = bench.run("peer", smol, 22)
         everywhere = bench.run("peer", smol, 0, epochs=ALL_LAYERS_EPOCHS)
         streamed = bench.run("ours", smol, 22, epochs=1, streamed=True)
+        half = bench.run("ours", smol, 22, precision="bf16")
         ours_gpt2 = bench.run("ours", GPT2, 4)
         peer_gpt2 = bench.run("peer", GPT2, 4)
         if ours["gemm"] != same["gemm"]:
@@ -179,6 +181,11 @@ def main() -> int:
                 "loss_gap": round(ours["loss"] / same["loss"] - 1, 4),
                 "rss_ratio": round(ours["rss_bytes"] / same["rss_bytes"], 2),
                 "streamed_weights_ratio": round(streamed["weights_ratio"], 3),
+                "bf16": {
+                    "same_layers_speedup": round(per_step(same) / per_step(half), 2),
+                    "loss_gap": round(half["loss"] / same["loss"] - 1, 4),
+                    "rss_ratio": round(half["rss_bytes"] / same["rss_bytes"], 2),
+                },
                 "gpt2": {"same_layers_speedup": round(per_step(peer_gpt2) / per_step(ours_gpt2), 2)},
             }
         )
