@@ -139,9 +139,13 @@ class Own(Arithmetic):
         if not _is_half(x) or weight.dtype is not x.dtype:
             return super().rms_norm(x, weight, eps)
         x, each, D = x.contiguous(), x.shape[-2], x.shape[-1]
-        y, by_row = torch.empty_like(x), eps.contiguous().data_ptr() if isinstance(eps, Tensor) else None
-        one = 0.0 if isinstance(eps, Tensor) else eps
-        self._norm(x.data_ptr(), weight.data_ptr(), by_row, one, y.data_ptr(), x.numel() // D, each, D)
+        y, of, one = torch.empty_like(x), None, 0.0
+        if isinstance(eps, Tensor):
+            of = eps.float().contiguous()  # a name, so that it lives as long as its address is in use
+        else:
+            one = eps
+        of_at = None if of is None else of.data_ptr()
+        self._norm(x.data_ptr(), weight.data_ptr(), of_at, one, y.data_ptr(), x.numel() // D, each, D)
         return y
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, places: Places) -> Tensor:
