@@ -76,7 +76,7 @@ def render_chat(
         rendered: str = tokenizer.apply_chat_template(
             [dict(m) for m in messages], tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as exc:
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError) as exc:
         raise BadRequest(
             f"This model's chat template refuses these messages: {exc}. Change their roles or order, or use "
             "/v1/completions and prompt/completion rows.",
