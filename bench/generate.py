@@ -15,13 +15,11 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +31,7 @@ import psutil
 import torch
 
 import wire
+from bench import peers
 from demo import model as demo_model
 from tests.end_to_end.stack import Gpu, Relay, Service, ended, follow, free_port, running
 
@@ -136,17 +135,6 @@ def peak_bytes(pid: int) -> int:
     return total
 
 
-def peer_python(folder: Path) -> Path:
-    python = folder / "bin/python"
-    if not (folder / "done").exists():
-        print("making the peer's environment ...", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PEER], check=True)
-        (folder / "done").touch()
-    return python
-
-
 def without_end(model: Path, folder: Path) -> Path:
     """The same model, whose end of text never comes: the peer has no field to ignore it."""
     folder.mkdir()
@@ -162,7 +150,8 @@ def without_end(model: Path, folder: Path) -> Path:
 @contextmanager
 def peer(model: Path, folder: Path) -> Iterator[Side]:
     port = free_port()
-    command = [str(peer_python(ROOT / "data/bench/peer")), "-m", "transformers.cli.transformers", "serve", str(model)]
+    python = peers.python(ROOT / "data/bench/peer", PEER)
+    command = [str(python), "-m", "transformers.cli.transformers", "serve", str(model)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = ["--continuous-batching", "--device", device, "--dtype", "bfloat16", "--port", str(port)]
     with (folder / "peer.log").open("wb") as log:

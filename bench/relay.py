@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from typing import Any
 import httpx2
 import psutil
 
+from bench import peers
 from bench.relay_growth import growth
 from bench.relay_load import Target, percentile
 from bench.relay_stub import MODEL
@@ -141,21 +141,10 @@ def nginx(folder: Path, stub_url: str) -> Iterator[Target]:
         yield target
 
 
-def peer_python(folder: Path) -> Path:
-    python = folder / "bin/python"
-    if not (folder / "done").exists():
-        print("making the peer's environment ...", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PEER], check=True)
-        (folder / "done").touch()
-    return python
-
-
 @contextmanager
 def litellm(folder: Path, stub_url: str) -> Iterator[Target]:
     """With a key of its own, and its log down to warnings."""
-    python, port, log = peer_python(ROOT / "data/bench/litellm"), free_port(), folder / "litellm.log"
+    python, port, log = peers.python(ROOT / "data/bench/litellm", PEER), free_port(), folder / "litellm.log"
     (folder / "litellm.yaml").write_text(
         json.dumps(  # YAML too
             {

@@ -15,16 +15,15 @@ machine that does nothing else. `--quick` is one epoch of a few rows, for who wo
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from bench import peers
 from demo import model as demo_model
 from gpu_service import models
 from gpu_service.data import TokenStore
@@ -80,17 +79,6 @@ def tokens(file: Path, model: Path, folder: Path) -> Path:
     return out
 
 
-def peer_python(folder: Path) -> Path:
-    python = folder / "bin/python"
-    if not (folder / "done").exists():
-        print("making the peer's environment ...", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *PEER], check=True)
-        (folder / "done").touch()
-    return python
-
-
 class Bench:
     """The runs, one after another. `folder` is empty at the start."""
 
@@ -123,7 +111,7 @@ class Bench:
         steps = spec["epochs"] * -(-sum(1 for _ in self._rows.open()) // BATCH)
         spec["warmup_steps"] = max(1, round(0.1 * steps))
         if side == "peer":
-            python = peer_python(ROOT / "data/bench/train-peer")
+            python = peers.python(ROOT / "data/bench/train-peer", PEER)
             command = [str(python), str(ROOT / "bench/train_peer.py")]
             spec["train"] = str(tokens(self._rows, model, self._folder))
             spec["validation"] = str(tokens(self._validation, model, self._folder))

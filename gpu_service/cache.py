@@ -12,6 +12,7 @@ and `Packed` for a forward pass without a cache, `Reading` for a prompt, `Decodi
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from gpu_service.kernels import TORCH, Arithmetic, Places
 
 SMALLEST_CLASS_TOKENS = 256
+READY_ROWS, READY_BYTES = 4, 64 * 2**20  # places that a class allocates ahead: the fewer of both, but one
 
 
 class Attention(Protocol):
@@ -143,13 +145,11 @@ class Reading:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, is_causal=self._mask is None)
 
 
-def grown(slots: int) -> int:
-    """1, 2, 4, 8, 12, 16 ...: little is allocated in vain, and copying stays rare."""
-    return max(1, 2 * slots) if slots < 8 else slots + 4
-
-
 class _Class:
-    """Rows of one size class: (S, G, capacity, Dh) for each layer, of which the first `len(members)` are in use."""
+    """Rows of one size class: (S, G, capacity, Dh) for each layer, of which the first `len(members)` are in use.
+
+    A few places stand ready, so that rows come and go without copying: at most twice `_ready`.
+    """
 
     def __init__(self, geometry: Geometry, capacity: int) -> None:
         self._geometry, self.capacity = geometry, capacity
@@ -159,16 +159,33 @@ class _Class:
 
     @property
     def slots(self) -> int:
-        return self.keys[0].shape[0] if self.keys else 0
+        """Places in every layer; where memory ran out on the way from one size to another, some have more."""
+        return min(self.keys[0].shape[0], self.values[-1].shape[0]) if self.keys else 0
 
-    def resize(self, slots: int) -> None:
+    @property
+    def _ready(self) -> int:
+        """1, 1, 2, 3, 4, 4 ... for short rows, and one where a row is large: they are memory that nobody asked for."""
+        few = min(READY_ROWS, READY_BYTES // self._geometry.row_bytes(self.capacity))
+        return max(1, min(len(self.members), few))
+
+    def grow(self) -> None:
+        self._resize(len(self.members) + self._ready)
+
+    def _resize(self, slots: int) -> None:
         g, n = self._geometry, len(self.members)
-        size = (slots, g.kv_heads, self.capacity, g.head_dim)
-        # Both before either is taken: there may be memory for one of them only.
-        new = [torch.zeros(size, dtype=g.dtype, device=g.device) for _ in range(2 * g.n_layers if slots else 0)]
-        for mine, its in zip((*self.keys, *self.values), new, strict=False):
-            its[:n] = mine[:n]
-        self.keys, self.values = new[: len(new) // 2], new[len(new) // 2 :]
+        if not slots:
+            self.keys, self.values = [], []
+            return
+        new = partial(torch.zeros, (slots, g.kv_heads, self.capacity, g.head_dim), dtype=g.dtype, device=g.device)
+        if not self.keys:
+            blocks = [new() for _ in range(2 * g.n_layers)]
+            self.keys, self.values = blocks[: g.n_layers], blocks[g.n_layers :]
+            return
+        for held in (self.keys, self.values):
+            for layer, old in enumerate(held):  # one at a time, so that only one is there twice
+                block = new()
+                block[:n] = old[:n]
+                held[layer] = block
 
     def remove(self, slot: "Slot") -> None:
         last = self.members.pop()
@@ -177,9 +194,11 @@ class _Class:
                 block[slot.index] = block[last.index]  # what lies behind its length too, which is zeros
             last.index = slot.index
             self.members[slot.index] = last
-        if 4 * len(self.members) <= self.slots:
+        if not self.members:
+            self._resize(0)
+        elif self.slots - len(self.members) > 2 * self._ready:
             with contextlib.suppress(torch.OutOfMemoryError, MemoryError):  # to shrink takes memory first
-                self.resize(grown(len(self.members)) if self.members else 0)
+                self.grow()
 
 
 @dataclass(eq=False)
@@ -239,7 +258,7 @@ class Pool:
     def _place(self, capacity: int, length: int) -> Slot:
         size = self._classes.setdefault(capacity, _Class(self.geometry, capacity))
         if len(size.members) == size.slots:
-            size.resize(grown(size.slots))
+            size.grow()
         slot = Slot(size, len(size.members), length)
         for block in (*size.keys, *size.values):
             block[slot.index] = 0  # who was here before may have left a NaN, which a weight of 0 does not silence

@@ -73,9 +73,16 @@ class NoSuchLayer(BadRequest):
 class NotFinite(BadRequest):
     code = "not_finite"
 
-    def __init__(self, missing: str = "next token") -> None:
+    def __init__(self, missing: str = "next token", *, dialled: bool, tuned: bool = False) -> None:
+        if dialled:
+            advice = "turn the dials back towards 1"
+        elif tuned:
+            advice = "the tuned model is damaged by its training, so use its base model, or train again at a lower rate"
+        else:
+            advice = "start the gpu with GPU_PRECISION=fp32, for this model's numbers do not fit the precision here"
         super().__init__(
-            f"The model's numbers overflowed, so there is no {missing}: turn the dials back towards 1.", param="dials"
+            f"The model's numbers overflowed, so there is no {missing}: {advice}.",
+            param="dials" if dialled else "model",
         )
 
 

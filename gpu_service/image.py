@@ -260,6 +260,6 @@ def _decode(row: _Row, latents: Tensor) -> Tensor:
     vae = row.request.base.vae
     drawn = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
     if not torch.isfinite(drawn).all():
-        raise NotFinite("picture")
+        raise NotFinite("picture", dialled=row.request.wanted.dials is not None)
     pixels: Tensor = ((drawn * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).float().cpu() * 255).round().byte()
     return pixels

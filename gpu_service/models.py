@@ -36,7 +36,7 @@ FAMILIES: Mapping[str, wire.Family] = {"llama": "llama", "qwen2": "llama", "gpt2
 # tokenizer's end of text, which a fine-tune learns; until then an answer ends where the model begins to play the user.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"  # a bare one would be trimmed
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 DEFAULT_STOP = ("\nUser:",)

@@ -1,8 +1,8 @@
 """What runs next on the device, and who may begin. Plain Python, no torch.
 
 Device time is shared by stride scheduling (Waldspurger and Weihl, 1995): each kind of work has a share, and whoever is
-furthest behind its share goes next. So chat waits for one slice of training, or for as many as a longer step of its own
-has earned training, and chat can't starve training.
+furthest behind its share goes next. But two slices of training never follow each other while somebody waits for text or
+a picture: chat waits for one slice, and can't starve training.
 """
 
 from collections import OrderedDict, deque
@@ -14,12 +14,16 @@ T = TypeVar("T")
 
 class Scheduler:
     def __init__(self, train_share: float) -> None:
-        """`train_share` of device time goes to training while somebody chats; 0 < train_share < 1."""
+        """`train_share` of device time goes to training while somebody chats; 0 < train_share < 1.
+
+        It gets less only where a single step of text or pictures takes longer than a slice earns: then they alternate.
+        """
         assert 0 < train_share < 1
-        live = 1 - train_share  # text and pictures alike: each waits for one step of the other at most
-        self._share: dict[Kind, float] = {"text": live, "image": live, "train": train_share}
-        self._spent: dict[Kind, float] = dict.fromkeys(self._share, 0.0)  # device seconds over share
+        self._train_share = train_share
+        self._spent: dict[Kind, float] = {"text": 0.0, "image": 0.0, "train": 0.0}  # device seconds over share
         self._ready: list[Kind] = []
+        self._last: Kind | None = None
+        self._slice = 0.0  # what the last one counted
 
     def choose(self, *, text: bool, train: bool, image: bool = False) -> Kind | None:
         """None when there is nothing to do. Of those equally far behind, text goes first: somebody is waiting."""
@@ -31,10 +35,21 @@ class Scheduler:
                 # Who was idle has neither a claim to the time that passed meanwhile, nor a debt for time before.
                 self._spent[kind] = min(going, default=max(self._spent.values()))
         self._ready = ready
+        live = [kind for kind in ready if kind != "train"]
+        if live and self._last == "train":
+            first = min(live, key=lambda kind: self._spent[kind])
+            # Beyond one slice, what training is owed is forgiven, or short steps would pay for long ones later.
+            self._spent["train"] = max(self._spent["train"], self._spent[first] - self._slice)
+            return first
         return min(ready, key=lambda kind: self._spent[kind], default=None)
 
     def ran(self, kind: Kind, seconds: float) -> None:
-        self._spent[kind] += seconds / self._share[kind]
+        live = [ready for ready in self._ready if ready != "train"]
+        share = self._train_share if kind == "train" else (1 - self._train_share) / len(live)
+        self._spent[kind] += seconds / share
+        self._last = kind
+        if kind == "train":
+            self._slice = seconds / share
 
 
 class Admission(Generic[T]):

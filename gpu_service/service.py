@@ -139,7 +139,7 @@ class Service:
         models = self._models = await asyncio.to_thread(
             Models, settings.models, device, settings.hf_token, settings.models_dir, self._downloading
         )
-        cache = BlobCache(settings.data_dir / "blobs", settings.blob_cache_bytes)
+        cache = BlobCache(settings.data_dir / "blobs", settings.blob_bytes)
         worker = self._worker = Worker(settings, device, models)
         active = lambda: worker.active_requests  # noqa: E731
         link = self._link = Link(settings, instance, device, models, active) if settings.relay_url else None

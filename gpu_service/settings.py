@@ -28,6 +28,11 @@ TABLE: dict[str, str] = {
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
+    "GPU_MAX_WAITING": "Generations under way or waiting; past it 429. One caller may have half of them.",
+    "GPU_TRAIN_SHARE": "Of device time, for training while others chat; more than 0, less than 1.",
+    "GPU_KV_SHARE": "Of the memory that is free at start, for keys and values of chats; more than 0, less than 1.",
+    "GPU_ADAPTER_BYTES": "Memory for adapters that are served; past it the least recently used leave.",
+    "GPU_BLOB_BYTES": "Disk for files fetched from the relay; past it the least recently used leave.",
     "GPU_PREFIX_BYTES": "Disk for what frozen layers put out, kept for jobs' epochs and for later jobs; 0: none.",
     "GPU_MODELS_DIR": "Where models from the hub are kept, such as a mounted drive; not set: in `HF_HOME`.",
     "GPU_LOG_LEVEL": "`debug`, `info` (a line for each request), `warning` or `error`.",
@@ -43,9 +48,6 @@ TUNNELS = ("none", "ngrok", "cloudflared", "relay")
 
 class BadSetting(Exception):
     """One line, for the person who starts the service."""
-
-
-DEFAULT_PREFIX_BYTES = 20 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +75,12 @@ class Settings:
     log_format: logs.Format = "auto"
 
     max_body_bytes: int = 8 * 2**20
-    max_waiting: int = 256  # generations under way or waiting; past it 429
-    train_share: float = 0.5  # of device time, while others chat
-    kv_share: float = 0.3  # of the memory that is free at start, for keys and values
-    adapter_cache_bytes: int = 2 * 2**30  # of adapters held in memory
-    blob_cache_bytes: int = 20 * 2**30  # of fetched files on disk
-    prefix_bytes: int = DEFAULT_PREFIX_BYTES
+    max_waiting: int = 256
+    train_share: float = 0.5
+    kv_share: float = 0.3
+    adapter_bytes: int = 2 * 2**30
+    blob_bytes: int = 20 * 2**30
+    prefix_bytes: int = 20 * 2**30
 
 
 def one_tokenizing_thread() -> None:
@@ -100,6 +102,18 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
         if value and value not in allowed:
             raise BadSetting(f"{name} is '{value}': use {', '.join(allowed)}, or leave it unset")
         return next((choice for choice in allowed if choice == value), None)
+
+    def count(name: str, default: int, least: int = 0) -> int:
+        value = text(name) or str(default)
+        if not value.isdigit() or not least <= int(value) <= wire.MAX_BYTES:
+            raise BadSetting(f"{name} is '{value}': use a whole number, {least} or more")
+        return int(value)
+
+    def share(name: str, default: float) -> float:
+        value = text(name) or str(default)
+        if not value.replace(".", "", 1).isdigit() or not 0 < float(value) < 1:
+            raise BadSetting(f"{name} is '{value}': use a number between 0 and 1, such as {default}")
+        return float(value)
 
     port = text("GPU_PORT") or "8001"
     if not port.isdigit() or not 0 <= int(port) < 65536:
@@ -123,11 +137,14 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     every = text("GPU_CHECKPOINT_EVERY_S") or "0"
     if not every.replace(".", "", 1).isdigit():
         raise BadSetting(f"GPU_CHECKPOINT_EVERY_S is '{every}': use seconds, or 0 to have them chosen")
-    prefix_bytes = text("GPU_PREFIX_BYTES") or str(DEFAULT_PREFIX_BYTES)
-    if not prefix_bytes.isdigit():
-        raise BadSetting(f"GPU_PREFIX_BYTES is '{prefix_bytes}': use a number of bytes, or 0 to keep none")
+    default = Settings()
     return Settings(
-        prefix_bytes=int(prefix_bytes),
+        max_waiting=count("GPU_MAX_WAITING", default.max_waiting, 1),
+        train_share=share("GPU_TRAIN_SHARE", default.train_share),
+        kv_share=share("GPU_KV_SHARE", default.kv_share),
+        adapter_bytes=count("GPU_ADAPTER_BYTES", default.adapter_bytes),
+        blob_bytes=count("GPU_BLOB_BYTES", default.blob_bytes),
+        prefix_bytes=count("GPU_PREFIX_BYTES", default.prefix_bytes),
         host=text("GPU_HOST") or "127.0.0.1",
         port=int(port),
         data_dir=Path(text("GPU_DATA_DIR") or "data/gpu"),

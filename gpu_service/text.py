@@ -109,6 +109,9 @@ class Request:
         """
         return self.served.model, self.adapter_id, self.dials, self.caller
 
+    def overflowed(self) -> NotFinite:
+        return NotFinite(dialled=self.dials is not None, tuned=self.adapter is not None)
+
 
 class _Row:
     """One answer under way."""
@@ -134,7 +137,7 @@ class _Row:
         full = self._written == s.max_tokens
         if (ended or full) and not met_stop:
             text += self._words.rest()
-        if text:
+        if text or (self._untold and (ended or full) and not met_stop):  # the last tokens may have no text
             self.request.send(Piece(self.index, text, tuple(self._untold)))
             self._untold = []
         if not (ended or met_stop or full):
@@ -209,7 +212,7 @@ class _Group:
             plain = row.sampler.sampling.plain_greedy
             try:
                 if not finite[i]:
-                    raise NotFinite
+                    raise row.request.overflowed()
                 if row.write(Drawn(likeliest[i]) if plain else row.sampler.draw(logits[i])):
                     ended.append(slot)
             except Exception as exc:  # this row ends here, whatever it was
@@ -317,7 +320,7 @@ class Engine:
     def _begin(self, request: Request) -> None:
         geometry = request.served.decoder.geometry(self._dtype, self._device)
         # What is kept for later turns gives way to who is here now.
-        self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
+        self._reuse.shrink(self._spare_bytes())
         try:
             anew = request.alone or request.tell_prompt  # what is not read tells nothing
             cache = None if anew else self._reuse.find(request.computes, request.prompt, geometry)
@@ -337,7 +340,7 @@ class Engine:
                 return
             self._readers.remove(reader)
             if not bool(logits.max().isfinite()):
-                raise NotFinite
+                raise request.overflowed()
             if request.tell_prompt:
                 request.send(PromptTold(tuple(reader.told)))
             if request.sampling.max_tokens == 0:
@@ -385,9 +388,14 @@ class Engine:
         finally:
             if not any(other.request is row.request for other in group.rows.values()):
                 self._admission.done(row.request)
-            self._reuse.shrink(self._admission.budget_bytes - self._admission.held_bytes)
             if not group.rows:
                 self._groups.pop(key, None)
+            self._reuse.shrink(self._spare_bytes())
+
+    def _spare_bytes(self) -> int:
+        """For what is kept for later turns: pools hold places that nobody has at the moment."""
+        taken = sum(group.pool.n_bytes for group in self._groups.values()) + sum(r.cache.n_bytes for r in self._readers)
+        return self.budget_bytes - max(self._admission.held_bytes, taken)
 
     def _end(self, request: Request, exc: BaseException) -> None:
         self._drop(lambda other: other is request)

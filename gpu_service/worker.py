@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,8 +25,8 @@ from gpu_service import decoder as decoders
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
 from gpu_service.decoder import Decoder
-from gpu_service.device import Device, translate
-from gpu_service.errors import BadRequest, GpuError, Stopping, TooBusy
+from gpu_service.device import Device, give_back, translate
+from gpu_service.errors import BadRequest, GpuError, OutOfMemory, Stopping, TooBusy
 from gpu_service.metrics import Metrics
 from gpu_service.models import Base, Models
 from gpu_service.prefix import Shelf
@@ -138,7 +138,7 @@ class Worker:
     def __init__(self, settings: Settings, device: Device, models: Models) -> None:
         self._device, self._models = device, models
         self._max_waiting = settings.max_waiting
-        self._adapter_budget_bytes = settings.adapter_cache_bytes
+        self._adapter_bytes = settings.adapter_bytes
         self._compiled = settings.data_dir / "compiled"
         self._scheduler = Scheduler(settings.train_share)
         budget_bytes = int(settings.kv_share * max(device.free_bytes() - models.weights_bytes(), 0))  # they come later
@@ -154,7 +154,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = self._refusing = False
         self.draining = False  # no new generations; those under way go on
-        self._active = 0  # generations accepted and not ended; counted on the event loop
+        self._active: Counter[str] = Counter()  # generations accepted and not ended, by caller; of the event loop
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
 
     # --- called from the event loop ----------------------------------------------------------------------------------
@@ -179,7 +179,8 @@ class Worker:
 
     @property
     def active_requests(self) -> int:
-        return self._active
+        """Generations accepted and not ended. May be called from any thread."""
+        return sum(tuple(self._active.values()))  # a copy: the event loop may change it meanwhile
 
     async def load(self, model: str) -> None:
         await self._call(lambda: self._load(model))
@@ -190,7 +191,7 @@ class Worker:
         Raises TooBusy, OutOfMemory, BadRequest for what can never fit, and BadAdapter.
         """
         stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)
-        with self._live(stream):
+        with self._live(stream, wanted.caller):
             self._post(lambda: self._admit(wanted, stream))
             async for item in stream.read():
                 yield item
@@ -198,26 +199,29 @@ class Worker:
     async def draw(self, wanted: image.Wanted) -> AsyncIterator[image.Shown]:
         """Previews, and each picture once. Whoever stops reading stops them within one step. Raises as `generate`."""
         stream: Stream[image.Shown] = Stream(lambda item: item.preview is None, len(wanted.seeds))
-        with self._live(stream):
+        with self._live(stream, wanted.caller):
             self._post(lambda: self._admit_pictures(wanted, stream))
             async for item in stream.read():
                 yield item
 
     @contextmanager
-    def _live(self, stream: Stream[T]) -> Iterator[None]:
-        """For as long as somebody reads. Raises Stopping, TooBusy."""
+    def _live(self, stream: Stream[T], caller: str) -> Iterator[None]:
+        """For as long as somebody reads. Raises Stopping, TooBusy; also where one caller would take more than half."""
         if self._refusing:
             raise Stopping("This gpu is stopping.")
         if self.draining:
             raise Stopping("This gpu is being drained: ask another, or again later.")
-        if self._active >= self._max_waiting:
-            raise TooBusy(f"{self._active} generations are under way here: try again in a moment.")
-        self._active += 1
+        if self.active_requests >= self._max_waiting:
+            raise TooBusy(f"{self.active_requests} generations are under way here: try again in a moment.")
+        if self._active[caller] >= (self._max_waiting + 1) // 2:
+            raise TooBusy(f"You have {self._active[caller]} generations under way here: wait until one ends.")
+        self._active[caller] += 1
         try:
             yield
         finally:
             stream.closed = True
-            self._active -= 1
+            self._active[caller] -= 1
+            self._active += Counter()  # forgets who has none
 
     async def train(
         self, job: train.Job, *, start: train.State | None = None, wanted: Callable[[], bool] = lambda: False
@@ -254,7 +258,7 @@ class Worker:
 
     def _measured(self) -> Metrics:
         metrics, text = Metrics(), self._text
-        metrics.ask("active_requests", "Generations accepted and not ended.", lambda: self._active)
+        metrics.ask("active_requests", "Generations accepted and not ended.", lambda: self.active_requests)
         metrics.ask("waiting", "Of those, the ones that wait for memory.", lambda: text.vitals.waiting)
         metrics.ask("rows", "Answers that are written in the same step.", lambda: text.vitals.rows)
         metrics.ask("kv_held_bytes", "Set aside for keys and values.", lambda: text.vitals.held_bytes)
@@ -409,6 +413,9 @@ class Worker:
             log.exception("a training run failed")
             self._ended(training)
             item = translate(exc)
+            if isinstance(item, OutOfMemory):
+                self._text.forget()
+                give_back(self._device.torch)
         training.stream.send(item)
 
     def _count(self, training: Training, item: Report, took_s: float) -> None:
@@ -471,7 +478,7 @@ class Worker:
             log.warning("%s has another revision here than the one that this adapter was trained on", base.source.id)
         adapter = adapter.served(self._device.torch, self._device.precision.dtype, base.whole)
         self._adapters[wanted.id] = adapter
-        while len(self._adapters) > 1 and sum(a.n_bytes for a in self._adapters.values()) > self._adapter_budget_bytes:
+        while len(self._adapters) > 1 and sum(a.n_bytes for a in self._adapters.values()) > self._adapter_bytes:
             self._adapters.popitem(last=False)
         return adapter
 

@@ -1,6 +1,7 @@
 """A gpu service on a real port, in this event loop, so that a test can also look at its worker."""
 
 import asyncio
+import shutil
 import socket
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import uvicorn
+from safetensors.torch import load_file, save_file
 
 from gpu_service import device as devices
 from gpu_service import models
@@ -43,6 +45,17 @@ def smol(smol_dir: Path, cpu: Device) -> Base:
 @pytest.fixture(scope="session")
 def gpt2(cpu: Device) -> Base:
     return models.read_base(models.find(str(ROOT / "demo/gpt2/model")), cpu)
+
+
+@pytest.fixture(scope="session")
+def flat_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, to which all tokens are equally likely: what is written is the sampling's doing alone."""
+    folder = tmp_path_factory.mktemp("flat") / TINY
+    shutil.copytree(tiny_dir, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture

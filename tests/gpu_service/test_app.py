@@ -186,6 +186,22 @@ async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_af
         gpu.worker._max_waiting = 256
 
 
+async def test_one_caller_gets_half_of_the_bound_and_leaves_the_rest_to_others(gpu: Gpu) -> None:
+    gpu.worker._max_waiting = 2
+    mine, theirs = ({wire.HEADER_CALLER: name} for name in ("mine", "theirs"))
+    try:
+        async with gpu.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}, headers=mine) as response:
+            chunks = response.aiter_bytes()
+            await anext(chunks)
+            refused = await gpu.http.post("/v1/completions", json=LONG, headers=mine)
+            assert refused.status_code == 429
+            assert "You have 1" in (await error(refused))["message"]
+            assert (await gpu.http.post("/v1/completions", json={**LONG, "max_tokens": 2}, headers=theirs)).is_success
+    finally:
+        gpu.worker._max_waiting = 256
+    await nobody_is_served(gpu)
+
+
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
@@ -195,6 +211,7 @@ async def test_past_the_bound_of_waiting_callers_the_answer_is_429_with_retry_af
         ({**CHAT, "model": "\ud83d"}, None, "surrogate"),
         ({**CHAT, "logit_bias": {"9" * 5000: 1}}, "logit_bias", "49151"),
         ({**CHAT, "temperature": 3}, "temperature", "2"),
+        ({**CHAT, "top_logprobs": 2}, None, "logprobs"),
         ({**CHAT, "temperature": "hot"}, "temperature", "number"),
         ({**CHAT, "top_p": 0}, "top_p", "greater"),
         ({**CHAT, "stop": ["a", "b", "c", "d", "e"]}, None, "4"),

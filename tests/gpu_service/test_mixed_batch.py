@@ -146,6 +146,32 @@ def test_eight_plain_rows_write_what_transformers_generates(base: Base, cpu: Dev
     assert whole >= 6
 
 
+def full(base: Base, seed: int) -> Adapter:
+    """One matrix of each of two layers replaced; the way of a tuned model that was trained in full."""
+    names = [name for name, weight in base.weights.items() if weight.dim() == 2][5:40:20]
+    random = torch.Generator().manual_seed(seed)
+    changed = {name: base.weights[name] * (1 + 0.3 * torch.randn(1, generator=random)) for name in names}
+    return replace(adapter(base, seed), full=changed, lora={})
+
+
+def test_two_models_tuned_in_full_write_beside_base_and_lora_rows_what_each_writes_alone(
+    base: Base, cpu: Device
+) -> None:
+    asked = list(rows(base, cpu, differ=True))
+    for i, seed in ((0, 1), (1, 1), (2, 2), (5, 2)):
+        asked[i] |= {"adapter": full(base, seed), "adapter_id": f"full {seed}"}
+    before = {name: weight.clone() for name, weight in base.weights.items()}
+    alone = []
+    for row in asked:
+        caller, running = Caller(**row), engine(cpu)
+        running.add(caller.request)
+        finish(running)
+        alone.append(drawn(caller))
+    mixed = [[token for token, _ in drawn(caller)] for caller in together(asked, cpu)]
+    assert sum(same_until_a_tie(ours, one) for ours, one in zip(mixed, alone, strict=True)) >= 6
+    assert all(torch.equal(weight, before[name]) for name, weight in base.weights.items())
+
+
 class Full:
     """A decoder whose device is full while `full` says how that shows."""
 

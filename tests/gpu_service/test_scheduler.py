@@ -3,7 +3,7 @@
 from collections import defaultdict
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gpu_service.scheduler import Admission, Scheduler
@@ -66,19 +66,62 @@ def test_time_that_chat_used_before_a_job_began_is_no_debt_when_both_run() -> No
 @given(
     share=st.floats(0.1, 0.9),
     slices=st.lists(st.floats(0.01, 2.0), min_size=1, max_size=5),
-    steps=st.lists(st.floats(0.01, 0.5), min_size=1, max_size=5),
+    steps=st.lists(st.floats(0.01, 2.0), min_size=1, max_size=5),
 )
 def test_both_get_their_share_of_device_time(share: float, slices: list[float], steps: list[float]) -> None:
-    scheduler = Scheduler(share)
+    """Off by one slice or step at most, on either side, where no step costs more than a slice pays for."""
+    assume(max(steps) * share <= min(slices) * (1 - share))
+    spent = _shared(Scheduler(share), slices, steps)
+    assert abs(spent["train"] * (1 - share) - spent["text"] * share) <= max(slices) + max(steps)
+
+
+@given(
+    share=st.floats(0.05, 0.95),
+    slices=st.lists(st.floats(0.01, 2.0), min_size=1, max_size=5),
+    steps=st.lists(st.floats(0.01, 5.0), min_size=1, max_size=5),
+    pictures=st.lists(st.booleans(), min_size=1, max_size=5),
+)
+def test_no_two_slices_in_a_row_while_somebody_waits_and_training_is_never_starved(
+    share: float, slices: list[float], steps: list[float], pictures: list[bool]
+) -> None:
+    scheduler, turns = Scheduler(share), []
+    for turn in range(400):
+        kind = scheduler.choose(text=True, train=True, image=pictures[turn % len(pictures)])
+        assert kind
+        turns.append(kind)
+        scheduler.ran(kind, slices[turn % len(slices)] if kind == "train" else steps[turn % len(steps)])
+    assert not any(a == b == "train" for a, b in pairwise(turns))
+    assert turns.count("train") > 0 or max(slices) / share > sum(steps)
+
+
+def test_after_steps_longer_than_a_slice_training_does_not_catch_up_at_the_cost_of_short_ones() -> None:
+    scheduler = Scheduler(0.5)
+    _shared(scheduler, slices=[1.0], steps=[5.0], turns=100)
+    spent = _shared(scheduler, slices=[1.0], steps=[0.1], turns=110)
+    assert abs(spent["train"] - spent["text"]) <= 2.1
+
+
+def test_text_and_pictures_divide_what_training_leaves() -> None:
+    scheduler = Scheduler(0.5)
     spent: dict[str, float] = defaultdict(float)
-    for turn in range(600):
+    for _ in range(1000):
+        kind = scheduler.choose(text=True, train=True, image=True)
+        assert kind
+        spent[kind] += 0.1
+        scheduler.ran(kind, 0.1)
+    assert [round(spent[kind]) for kind in ("train", "text", "image")] == [50, 25, 25]
+
+
+def _shared(scheduler: Scheduler, slices: list[float], steps: list[float], turns: int = 600) -> dict[str, float]:
+    """Seconds by kind, of turns in which both text and training are always ready."""
+    spent: dict[str, float] = defaultdict(float)
+    for turn in range(turns):
         kind = scheduler.choose(text=True, train=True)
         assert kind
         seconds = slices[turn % len(slices)] if kind == "train" else steps[turn % len(steps)]
         spent[kind] += seconds
         scheduler.ran(kind, seconds)
-    # Off by one slice or step at most, on either side.
-    assert abs(spent["train"] * (1 - share) - spent["text"] * share) <= max(slices) + max(steps)
+    return spent
 
 
 # --- admission ---
@@ -108,6 +151,34 @@ def test_a_large_request_is_not_passed_over_for_ever_by_small_ones() -> None:
     assert admission.next() is None
     admission.done("small 0")
     assert admission.next() == "large"
+
+
+@given(
+    lines=st.lists(st.integers(1, 8), min_size=1, max_size=6),
+    sizes=st.lists(st.integers(1, 100), min_size=1, max_size=9),
+)
+def test_nobody_starves_however_fast_others_ask(lines: list[int], sizes: list[int]) -> None:
+    """Everybody's requests wait in line; whoever gets their turn asks again at once, for ever."""
+    admission: Admission[tuple[int, int]] = Admission(100)
+    asked = 0
+
+    def ask(caller: int) -> None:
+        nonlocal asked
+        admission.ask((caller, asked), str(caller), sizes[asked % len(sizes)])
+        asked += 1
+
+    for caller, count in enumerate(lines):
+        for _ in range(count):
+            ask(caller)
+    first_ones = set(range(asked))
+    under_way: list[tuple[int, int]] = []
+    for _ in range(2 * max(lines) * len(lines)):  # of a line of so many, the last begins after that many turns
+        while begun := admission.next():
+            under_way.append(begun)
+            first_ones.discard(begun[1])
+            ask(begun[0])
+        admission.done(under_way.pop(0))
+    assert not first_ones
 
 
 @given(data=st.data())

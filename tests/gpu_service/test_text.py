@@ -1,5 +1,6 @@
 """What comes out of a row: whole characters, no stop strings, seeded draws that repeat."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -335,8 +336,37 @@ def test_a_row_whose_numbers_overflow_ends_with_a_word_about_dials_and_leaves_no
     while len(running):
         running.step()
     assert isinstance(mad.heard[-1], NotFinite)
+    assert "dials back" in mad.heard[-1].message
     assert later.text() == alone.text()
     assert beside.finish.completion_tokens == 12
+
+
+def test_numbers_that_overflow_without_dials_are_not_blamed_on_them(tiny: Base, cpu: Device) -> None:
+    to, running = served(tiny, cpu), engine(cpu)
+    broken = {**to.weights, "model.norm.weight": torch.full((64,), float("inf"))}
+    caller = Caller(replace(to, weights=broken), "Once", Sampling(max_tokens=2))
+    running.add(caller.request)
+    running.step()
+    told = caller.heard[-1]
+    assert isinstance(told, NotFinite)
+    assert told.param == "model"
+    assert "GPU_PRECISION=fp32" in told.message
+
+
+def test_tokens_without_text_at_the_end_tell_their_log_probabilities_too(tiny: Base, cpu: Device) -> None:
+    sampling = Sampling(
+        max_tokens=3,
+        temperature=0,
+        ignore_eos=True,
+        top_logprobs=0,
+        logit_bias={tiny.source.tokenizer.eos_token_id: 100.0},
+    )
+    caller, running = Caller(served(tiny, cpu), "Once", sampling), engine(cpu)
+    running.add(caller.request)
+    while len(running):
+        running.step()
+    assert caller.text() == "", "the end-of-text token has no text"
+    assert len([d for event in caller.heard if isinstance(event, Piece) for d in event.drawn]) == 3
 
 
 def test_a_draw_that_fails_ends_that_row_only(tiny: Base, cpu: Device) -> None:
