@@ -26,6 +26,7 @@ from gpu_service.errors import BadDataset, BadRequest
 
 FORMAT = 2  # of the files on disk; raised when tokens or masks come out differently
 CONTENT_TOKENS = 2**20  # hashed at a time
+TOLD_ROWS = 1000  # tokenised in half a second or so
 ReadRows = Iterable[tuple[int, dataset.Row | datafile.RowError]]
 Tokenize = Callable[[dataset.Row], "Tokens"]
 FILES = ("tokens", "learn", "offsets")  # int32 and bool by token, int64 by row; this machine's own byte order
@@ -294,11 +295,13 @@ class TokenStore:
         name: str = "",
         train_on: TrainOn = "completions",
         param: str = "training_file",
+        told: Callable[[int], None] = lambda rows: None,
     ) -> Self:
         """Tokenise `source` into `folder`, or open what an earlier run left there for the same source and tokenizer.
 
         Streams: memory holds one row, and 16 bytes for each. The description is written last, so a folder without one
-        is half made and is made again. Raises BadDataset with line numbers.
+        is half made and is made again. `told` hears every so many rows how many it were; what it raises ends this.
+        Raises BadDataset with line numbers.
         """
         kind = datafile.kind_of(source, name)  # `name` is what its owner calls the file
         key = f"{FORMAT} {file_ref(source).sha256} {kind} {train_on} {max_length} {_fingerprint(tokenizer)}"
@@ -306,7 +309,7 @@ class TokenStore:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "meta.json").unlink(missing_ok=True)
             rows = partial(tokenize_row, tokenizer, max_length=max_length, train_on=train_on)
-            report = _tokenize(dataset.read(source, name), folder, rows, max_length, param)
+            report = _tokenize(_counted(dataset.read(source, name), told), folder, rows, max_length, param)
             sizes = {name: (folder / name).stat().st_size for name in FILES}
             meta = {"key": key, "sizes": sizes, "report": asdict(report)}
             with atomic_file(folder / "meta.json") as file:
@@ -395,6 +398,13 @@ def _tokenize(rows: ReadRows, folder: Path, tokenize: Tokenize, max_length: int,
         p50=_percentile(offsets, 50),
         p90=_percentile(offsets, 90),
     )
+
+
+def _counted(rows: ReadRows, told: Callable[[int], None]) -> ReadRows:
+    for number, row in enumerate(rows):
+        if number % TOLD_ROWS == 0:
+            told(number)
+        yield row
 
 
 def _percentile(offsets: Sequence[int], percent: int) -> int:

@@ -4,10 +4,12 @@ Knows what to do in which order; the worker knows how to compute it, the reporte
 """
 
 import asyncio
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +33,7 @@ from gpu_service.reporter import Reporter
 from gpu_service.samples import Prompt
 from gpu_service.worker import Worker
 
+SAID_EVERY_S = 10.0  # of the rows that are tokenised
 OVERHEAD_BYTES = 2**20  # of headers, descriptions, curves, reports and random states, at most
 
 Reason = Literal["paused", "drained", "leaving"]
@@ -103,7 +106,7 @@ class FineTune:
         spec = self._spec
         source = self._models.source(spec.base_model)
         selection = await asyncio.to_thread(layers.select, source.tensors, spec.layers, tied=source.tied)
-        data = await self._fetch(source)
+        data = await self._fetch(source, reporter)
         found = await lease.newest(selection, source.revision)
         if found and found.plan.steps_per_epoch != -(-len(data.store) // found.plan.batch_rows):
             reporter.say("The checkpoint does not fit this data: the job begins at its beginning.", level="warn")
@@ -165,7 +168,7 @@ class FineTune:
         told = self._told(source, selection, data, plan, trained, elapsed_s)
         return Outcome(adapter, await asyncio.to_thread(report.build, told))
 
-    async def _fetch(self, source: Source) -> Data:
+    async def _fetch(self, source: Source, reporter: Reporter) -> Data:
         """Fetched and tokenised; files that other jobs let go stay for that long."""
         spec = self._spec
         length = plans.max_length(spec.hyperparameters.max_length_tokens, source)
@@ -173,19 +176,11 @@ class FineTune:
         refs = [ref for ref in (spec.training_file, spec.validation_file) if ref]
         with self._cache.keep(*(ref.sha256 for ref in refs)):
             paths = [await self._fetched(ref) for ref in refs]
-            stores = [
-                await asyncio.to_thread(
-                    TokenStore.build,
-                    path,
-                    self._folder / name,
-                    source.tokenizer,
-                    length,
-                    name=ref.name,
-                    param=name,
-                    train_on=train_on,
-                )
-                for ref, path, name in zip(refs, paths, ("training_file", "validation_file"), strict=False)
-            ]
+            stores = []
+            for ref, path, name in zip(refs, paths, ("training_file", "validation_file"), strict=False):
+                build = partial(TokenStore.build, path, self._folder / name, source.tokenizer, length)
+                build = partial(build, name=ref.name, param=name, train_on=train_on)
+                stores.append(await _tokenized(build, ref.name, reporter))
             files = [samples.File(path, ref.name) for ref, path in zip(refs, paths, strict=True)]
             prompts = await asyncio.to_thread(
                 samples.prompts, source, spec.sample_prompts, files[0], files[1] if len(files) > 1 else None
@@ -304,6 +299,27 @@ class FineTune:
             at=self._link.now(),
             kept_best=plan.early_stop_patience > 0,
         )
+
+
+async def _tokenized(build: Callable[..., TokenStore], name: str, reporter: Reporter) -> TokenStore:
+    """In a thread, which says how far it is, and does not outlive whoever waits for it."""
+    loop, said_at, unwanted = asyncio.get_running_loop(), time.monotonic(), threading.Event()
+
+    def told(rows: int) -> None:
+        nonlocal said_at
+        if unwanted.is_set():
+            raise asyncio.CancelledError
+        if time.monotonic() - said_at > SAID_EVERY_S:
+            said_at = time.monotonic()
+            loop.call_soon_threadsafe(reporter.say, f"{rows:,} rows of {name} are tokens now.")
+
+    work = asyncio.create_task(asyncio.to_thread(build, told=told))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        unwanted.set()
+        await asyncio.wait({work})  # the folder that it writes to is about to go
+        raise
 
 
 def _say_chosen(reporter: Reporter, choice: Chosen, plan: Plan, *, goes_on: bool) -> None:

@@ -1,5 +1,6 @@
 """What the model learns is what the assistant said, in the tokens that serving would have produced."""
 
+import asyncio
 import copy
 import json
 import tracemalloc
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 
 import datafile
 import dataset
+from gpu_service import data, finetune
 from gpu_service.data import TokenStore, encode, epoch_order, render_chat, tokenize_row
 from gpu_service.errors import BadDataset, BadRequest
 
@@ -369,3 +371,31 @@ def test_the_order_is_the_same_in_every_version_and_whatever_was_drawn_before() 
     torch.manual_seed(1)
     np.random.default_rng(1).random(5)
     assert epoch_order(8, seed=7, epoch=0) == [6, 5, 4, 2, 1, 7, 3, 0]
+
+
+async def test_tokenising_says_how_far_it_is_and_ends_with_whoever_waits_for_it(tokenizer: Any, tmp_path: Path) -> None:
+    row = {"prompt": "What is it?", "completion": "A stone."}
+    file = write(tmp_path / "train.jsonl", [row] * (20 * data.TOLD_ROWS))
+    heard: list[int] = []
+    begun = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def build(told: Callable[[int], None]) -> TokenStore:
+        def both(rows: int) -> None:
+            heard.append(rows)
+            loop.call_soon_threadsafe(begun.set)
+            told(rows)
+
+        return TokenStore.build(file, tmp_path / "store", tokenizer, 64, told=both)
+
+    reporter: Any = None  # nothing is said so soon
+    work = asyncio.create_task(finetune._tokenized(build, "train.jsonl", reporter))
+    await begun.wait()
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    so_far = list(heard)
+    assert so_far == list(range(0, len(so_far) * data.TOLD_ROWS, data.TOLD_ROWS))
+    assert len(so_far) < 20
+    assert not (tmp_path / "store/meta.json").exists()
+    assert not (tmp_path / "store/tokens").exists()
