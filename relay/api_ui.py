@@ -44,7 +44,11 @@ LOOK_EVERY_S = 0.5  # at a job that somebody watches
 EVENTS_AT_ONCE = 500
 REFUSALS_NOTED = 30  # a minute and address
 MOST_KEY_S = 10 * 365 * 24 * 3600.0
-TARGETS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+TARGETS = {
+    "chat": "/v1/chat/completions",
+    "completion": "/v1/completions",
+    "image": "/v1/images/generations",
+}
 
 
 class _Asked(BaseModel):
@@ -81,7 +85,7 @@ class Confirm(_Asked):
 
 
 class NewGeneration(_Asked):
-    kind: Literal["chat", "completion"]
+    kind: Literal["chat", "completion", "image"]
     body: dict[str, Any]
 
 

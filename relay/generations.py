@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Hashable
 from typing import Any
 
 from relay import errors
@@ -28,6 +28,7 @@ TRY_EVERY_S = 1.0
 SOON_S = 0.1
 MAX_BUFFER_BYTES = 16 * 2**20
 MAX_OPEN = 16  # of one user
+PICTURE_HEAD_CHARS = 60
 
 
 class Generation:
@@ -43,10 +44,17 @@ class Generation:
         self.told: tuple[int, str] | None = None  # place and reason, as last said
         self.task: asyncio.Task[None] | None = None
         self._frames: list[bytes] = []
+        self._latest: dict[Hashable, int] = {}
         self._news = asyncio.Event()
 
-    def say(self, data: str) -> None:
+    def say(self, data: str, instead_of: Hashable = None) -> None:
+        """`instead_of`: of the frames of this name only the last is kept, for readers who come back."""
         frame = f"id: {len(self._frames) + 1}\ndata: {data}\n\n".encode()
+        if instead_of is not None:
+            if (before := self._latest.get(instead_of)) is not None:
+                self.bytes -= len(self._frames[before])
+                self._frames[before] = b""
+            self._latest[instead_of] = len(self._frames)
         self.bytes += len(frame)
         self._frames.append(frame)
         self._tell()
@@ -65,8 +73,9 @@ class Generation:
         while True:
             news = self._news
             if after < len(self._frames):
-                fresh, after = self._frames[after:], len(self._frames)
-                yield b"".join(fresh)
+                fresh, after = b"".join(self._frames[after:]), len(self._frames)
+                if fresh:
+                    yield fresh
             elif self.over:
                 return
             else:
@@ -200,9 +209,17 @@ async def _pass_on(generation: Generation, opened: Opened) -> None:
         for frame in frames.replace(b"\r\n", b"\n").split(b"\n\n"):
             lines = [line[5:].lstrip() for line in frame.decode().split("\n") if line.startswith("data:")]
             if lines:
-                generation.say("\ndata: ".join(lines))
+                generation.say("\ndata: ".join(lines), _picture(lines[0]))
         if generation.bytes > MAX_BUFFER_BYTES:
             raise errors.TooLarge(f"the answer is longer than {MAX_BUFFER_BYTES:,} bytes: ask for less")
+
+
+def _picture(data: str) -> int | None:
+    """Which picture of several this frame shows, if it does: each takes the place of what was seen of it before."""
+    if not data.startswith('{"type":') or "image_generation." not in data[:PICTURE_HEAD_CHARS]:
+        return None
+    shown = json.loads(data)
+    return shown["index"] if isinstance(shown.get("index"), int) else None
 
 
 def _body(raw: bytes) -> Any:

@@ -80,6 +80,39 @@ async def test_frames_are_numbered_and_name_the_gpu(relay: Relay, gpu: DoubleGpu
     assert json.loads(gpu.prompts[0])["stream"] is True
 
 
+async def test_of_a_picture_on_its_way_only_the_newest_is_kept_for_who_comes_back(relay: Relay, gpu: DoubleGpu) -> None:
+    def shown(kind: str, index: int, what: str) -> str:
+        seen = {"type": f"image_generation.{kind}", "b64_json": what * 100, "index": index}
+        return f"data: {json.dumps(seen)}\n\n"
+
+    async def draw(request: web.Request, body: bytes) -> web.StreamResponse:
+        assert request.path == "/v1/images/generations"
+        assert json.loads(body) == {"model": BASE, "prompt": "a heart", "stream": True}
+        response = await start_stream(request)
+        for kind, index, what in (
+            ("partial_image", 0, "a"),
+            ("partial_image", 1, "b"),
+            ("partial_image", 0, "c"),
+            ("completed", 1, "d"),
+            ("completed", 0, "e"),
+        ):
+            await response.write(shown(kind, index, what).encode())
+        await response.write(DONE.encode())
+        return response
+
+    gpu.answer = draw
+    ask = {"kind": "image", "body": {"model": BASE, "prompt": "a heart"}}
+    async with relay.http.stream("POST", "/api/generations", json=ask) as response:
+        frames = await Reader(response).rest()
+    pictures = [(f["index"], f["b64_json"][0]) for _, f in frames if isinstance(f, dict) and "index" in f]
+    assert pictures[-2:] == [(1, "d"), (0, "e")]
+    async with reading(relay, f"/api/generations/{frames[0][1]['id']}", after=0) as reader:
+        again = await reader.rest()
+    pictures = [(f["index"], f["b64_json"][0]) for _, f in again if isinstance(f, dict) and "index" in f]
+    assert pictures == [(1, "d"), (0, "e")], "the newest of each, once"
+    assert again[-1] == frames[-1]
+
+
 async def test_without_a_gpu_it_waits_and_is_answered_when_one_comes(relay: Relay) -> None:
     async with relay.gpu() as gpu:
         pass  # the model is known now, and its gpu gone

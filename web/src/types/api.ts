@@ -232,6 +232,13 @@ export const generationFrame = z.union([
     ),
     usage: z.object({ prompt_tokens: z.number(), completion_tokens: z.number() }).nullish(),
   }),
+  z.object({
+    type: z.enum(['image_generation.partial_image', 'image_generation.completed']),
+    b64_json: z.string(),
+    output_format: z.string(),
+    index: z.number(),
+    seed: z.number(),
+  }),
 ]);
 export type GenerationFrame = z.infer<typeof generationFrame>;
 

@@ -12,13 +12,14 @@ interface Props {
   running: boolean;
   disabled: boolean;
   label: string;
+  placeholder: string;
   onSend: (text: string) => void;
   onStop: () => void;
   ref?: Ref<ComposerHandle>;
 }
 
 /** Enter sends and shift-enter breaks the line; an input method that is composing a letter keeps its enter. */
-export function Composer({ running, disabled, label, onSend, onStop, ref }: Props) {
+export function Composer({ running, disabled, label, placeholder, onSend, onStop, ref }: Props) {
   const { t } = useTranslation();
   const [text, setText] = useState('');
   const field = useRef<HTMLTextAreaElement>(null);
@@ -46,7 +47,7 @@ export function Composer({ running, disabled, label, onSend, onStop, ref }: Prop
         className={css.field}
         variant="unstyled"
         aria-label={label}
-        placeholder={t('generate.placeholder')}
+        placeholder={placeholder}
         value={text}
         onChange={(event) => setText(event.currentTarget.value)}
         onKeyDown={(event) => {

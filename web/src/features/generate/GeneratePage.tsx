@@ -2,7 +2,7 @@ import { Empty } from '@/components/Empty';
 import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { useTitle } from '@/components/Page';
-import type { Model } from '@/types/api';
+import type { Family, Model } from '@/types/api';
 import { ActionIcon, Button, Drawer, Skeleton, Text, Title, UnstyledButton } from '@mantine/core';
 import { useDisclosure, useMediaQuery } from '@mantine/hooks';
 import { useQuery } from '@tanstack/react-query';
@@ -21,16 +21,21 @@ import {
   type Ask,
   type Turn,
 } from './conversation';
-import { isNeutral } from './dials';
+import { Bands } from './Bands';
+import { isNeutral, turnedBands } from './dials';
 import { Dials } from './Dials';
 import css from './GeneratePage.module.css';
 import { ModelPicker, shortName } from './ModelPicker';
+import { PictureForm } from './PictureForm';
 import { modelsQuery } from './queries';
 import { SamplingForm } from './SamplingForm';
 import { setSettings, useSettings, type Settings } from './settings';
 import { TurnView } from './TurnView';
 
-const EXAMPLES = ['generate.example1', 'generate.example2', 'generate.example3'] as const;
+const EXAMPLES = {
+  text: ['generate.example1', 'generate.example2', 'generate.example3'],
+  image: ['pictures.example1', 'pictures.example2', 'pictures.example3'],
+} as const;
 
 export function GeneratePage() {
   const { t } = useTranslation();
@@ -69,7 +74,12 @@ export function GeneratePage() {
     <div className={css.panel}>
       <ModelPicker models={models.data ?? []} model={model} onPick={(id) => setSettings({ model: id })} />
       <Dials values={settings.dials} onChange={(dials) => setSettings({ dials })} />
-      <SamplingForm settings={settings} chat={how?.kind === 'chat'} />
+      <Bands bands={settings.bands} blocks={how?.kind === 'image'} onChange={(bands) => setSettings({ bands })} />
+      {how?.kind === 'image' ? (
+        <PictureForm picture={settings.picture} onChange={(picture) => setSettings({ picture })} />
+      ) : (
+        <SamplingForm settings={settings} chat={how?.kind === 'chat'} />
+      )}
     </div>
   ) : null;
 
@@ -87,7 +97,9 @@ export function GeneratePage() {
               leftSection={<Icon name="dials" size={18} />}
             >
               <span className={css.pickName}>{shortName(model)}</span>
-              {isNeutral(settings.dials) ? null : <span className={css.dot} />}
+              {isNeutral(settings.dials) && turnedBands(settings.bands).length === 0 ? null : (
+                <span className={css.dot} />
+              )}
             </Button>
             <NewChat turns={turns} small />
           </div>
@@ -109,7 +121,7 @@ export function GeneratePage() {
               </Button>
             </Empty>
           ) : turns.length === 0 ? (
-            <Start composer={composer} />
+            <Start composer={composer} image={how?.kind === 'image'} />
           ) : (
             <Conversation turns={turns} onRetry={how ? () => retry(how) : undefined} />
           )}
@@ -120,7 +132,8 @@ export function GeneratePage() {
               ref={composer}
               running={running}
               disabled={!how}
-              label={how?.kind === 'completion' ? t('generate.prompt') : t('generate.message')}
+              label={t(LABELS[how?.kind ?? 'chat'])}
+              placeholder={t(how?.kind === 'image' ? 'pictures.placeholder' : 'generate.placeholder')}
               onSend={(text) => how && ask(text, how)}
               onStop={stop}
             />
@@ -148,14 +161,21 @@ export function GeneratePage() {
   );
 }
 
-function choose(models: readonly Model[] | undefined, wanted: string | null): Model | undefined {
-  const usable = models?.filter((model) => model.family !== 'sd') ?? [];
-  return usable.find((model) => model.id === wanted) ?? usable.find((model) => model.available) ?? usable[0];
+const KINDS: Record<Family, Ask['kind']> = { llama: 'chat', gpt2: 'completion', sd: 'image' };
+const LABELS = { chat: 'generate.message', completion: 'generate.prompt', image: 'pictures.prompt' } as const;
+
+function choose(models: readonly Model[] = [], wanted: string | null): Model | undefined {
+  return (
+    models.find((model) => model.id === wanted) ??
+    models.find((model) => model.available && model.family !== 'sd') ??
+    models.find((model) => model.available) ??
+    models[0]
+  );
 }
 
 function asked(model: Model, settings: Settings): Ask {
-  const { dials, sampling, system } = settings;
-  return { model: model.id, kind: model.family === 'gpt2' ? 'completion' : 'chat', dials, sampling, system };
+  const { dials, bands, sampling, system, picture } = settings;
+  return { model: model.id, kind: KINDS[model.family], dials, bands, sampling, system, picture };
 }
 
 function NewChat({ turns, small = false }: { turns: readonly Turn[]; small?: boolean }) {
@@ -181,18 +201,18 @@ function NewChat({ turns, small = false }: { turns: readonly Turn[]; small?: boo
   );
 }
 
-function Start({ composer }: { composer: RefObject<ComposerHandle | null> }) {
+function Start({ composer, image }: { composer: RefObject<ComposerHandle | null>; image: boolean }) {
   const { t } = useTranslation();
   return (
     <div className={css.start}>
       <Title order={2} className={css.startTitle}>
-        {t('generate.startTitle')}
+        {t(image ? 'pictures.startTitle' : 'generate.startTitle')}
       </Title>
       <Text c="dimmed" ta="center" maw={440}>
-        {t('generate.startText')}
+        {t(image ? 'pictures.startText' : 'generate.startText')}
       </Text>
       <div className={css.examples}>
-        {EXAMPLES.map((key) => (
+        {EXAMPLES[image ? 'image' : 'text'].map((key) => (
           <UnstyledButton key={key} className={css.example} lang="en" onClick={() => composer.current?.write(t(key))}>
             {t(key)}
           </UnstyledButton>

@@ -25,12 +25,7 @@ export function ModelPicker({ models, model, onPick }: Props) {
       <div className={css.cards} role="group" aria-label={t('generate.family')}>
         {FAMILIES.map((family) => {
           const members = ofFamily(family);
-          const why =
-            members.length === 0
-              ? t(`generate.absent_${family}`)
-              : family === 'sd'
-                ? t('generate.unsupported_sd')
-                : null;
+          const why = members.length === 0 ? t(`generate.absent_${family}`) : null;
           return (
             <UnstyledButton
               key={family}

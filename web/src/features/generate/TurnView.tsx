@@ -9,9 +9,10 @@ import { memo, type ReactNode } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link } from 'react-router';
 import { isOver, type Turn } from './conversation';
-import { DIALS, format } from './dials';
+import { DIALS, format, turnedBands } from './dials';
 import { KeepAnswer } from './KeepAnswer';
 import { shortName } from './ModelPicker';
+import { Pictures } from './Pictures';
 import css from './TurnView.module.css';
 
 interface Props {
@@ -26,6 +27,7 @@ export const TurnView = memo(function TurnView({ turn, onRetry }: Props) {
   const [keeping, modal] = useDisclosure(false);
   const name = shortName({ id: ask.model, parent: ask.model.startsWith('ft:') ? ask.model : null });
   const turned = DIALS.filter((dial) => ask.dials[dial] !== 1);
+  const drawn = ask.kind === 'image';
   return (
     <article className={css.turn}>
       <div className={css.question}>
@@ -40,22 +42,41 @@ export const TurnView = memo(function TurnView({ turn, onRetry }: Props) {
               {t(`dials.${dial}`)} {format(dial, ask.dials[dial])}
             </span>
           ))}
+          {turnedBands(ask.bands ?? []).map((band) => (
+            <span key={band.layers} className={css.chip}>
+              {band.layers}{' '}
+              {DIALS.filter((dial) => band[dial] !== 1)
+                .map((dial) => `${t(`dials.${dial}`)} ${format(dial, band[dial])}`)
+                .join(' ')}
+            </span>
+          ))}
         </div>
         {turn.answer ? <Markdown text={turn.answer} /> : null}
-        {phase.is === 'done' && !turn.answer ? <Text c="dimmed">{t('generate.empty')}</Text> : null}
+        {turn.pictures?.length ? <Pictures turn={turn} /> : null}
+        {phase.is === 'done' && !turn.answer ? (
+          drawn ? (
+            turn.pictures?.length ? null : (
+              <Text c="dimmed">{t('pictures.gone')}</Text>
+            )
+          ) : (
+            <Text c="dimmed">{t('generate.empty')}</Text>
+          )
+        ) : null}
         {phase.is === 'failed' ? (
           <ErrorNote error={new ApiError(phase.error.message, phase.error.status, phase.error.code)} retry={onRetry} />
         ) : null}
         {over ? null : <State turn={turn} />}
         {over && phase.is !== 'failed' ? (
           <div className={css.actions}>
-            <CopyButton value={turn.answer}>
-              {({ copied, copy }) => (
-                <Small icon={copied ? 'check' : 'copy'} onClick={copy} disabled={!turn.answer}>
-                  {copied ? t('app.copied') : t('app.copy')}
-                </Small>
-              )}
-            </CopyButton>
+            {drawn ? null : (
+              <CopyButton value={turn.answer}>
+                {({ copied, copy }) => (
+                  <Small icon={copied ? 'check' : 'copy'} onClick={copy} disabled={!turn.answer}>
+                    {copied ? t('app.copied') : t('app.copy')}
+                  </Small>
+                )}
+              </CopyButton>
+            )}
             {turn.answer ? (
               <Small icon="edit" onClick={modal.open}>
                 {t('data.edit')}
@@ -107,8 +128,12 @@ function State({ turn }: { turn: Turn }) {
         ];
       }
       case 'reading':
-        return [t('generate.state_reading', { gpu: phase.gpu }), null];
+        return [
+          t(turn.ask.kind === 'image' ? 'pictures.state_begun' : 'generate.state_reading', { gpu: phase.gpu }),
+          null,
+        ];
       case 'writing':
+        if (turn.ask.kind === 'image') return [t('pictures.state_drawing'), null];
         return [rate(turn) ? t('generate.state_writingRate', { rate: rate(turn) }) : t('generate.state_writing'), null];
       case 'reconnecting':
         return [t('generate.state_reconnecting'), null];

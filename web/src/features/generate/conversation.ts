@@ -4,23 +4,21 @@
  */
 import { api, ApiError } from '@/lib/api';
 import { useSyncExternalStore } from 'react';
-import { wireForm, type DialValues } from './dials';
-import { generate, type Place, type Report } from './generation';
+import { wireForm, type Band, type DialValues } from './dials';
+import { generate, type Picture, type Place, type Report } from './generation';
+import { ownDials, wirePicture, type PictureSettings } from './pictures';
+import { wireSampling, type Sampling } from './sampling';
 import { forgetSettings } from './settings';
-
-export interface Sampling {
-  temperature: number;
-  topP: number;
-  maxTokens: number;
-}
 
 /** How an answer is asked for. Kept beside it, so that it can be read and repeated. */
 export interface Ask {
   model: string;
-  kind: 'chat' | 'completion';
+  kind: 'chat' | 'completion' | 'image';
   dials: DialValues;
+  bands: readonly Band[];
   sampling: Sampling;
   system: string;
+  picture: PictureSettings;
 }
 
 export type Phase =
@@ -37,6 +35,7 @@ export interface Turn {
   id: string;
   question: string;
   answer: string;
+  pictures?: readonly Picture[]; // each as far as it is
   ask: Ask;
   phase: Phase;
   tokens: number;
@@ -122,14 +121,18 @@ export function resume(): void {
 }
 
 function body(question: string, how: Ask, before: readonly Turn[]): unknown {
+  if (how.kind === 'image') {
+    const dials = wireForm(how.dials, how.bands, ownDials(how.picture));
+    const asked = { model: how.model, prompt: question, ...wirePicture(how.picture) };
+    return { kind: 'image', body: { ...asked, ...(dials ? { dials } : {}) } };
+  }
+  const dials = wireForm(how.dials, how.bands);
   const shared = {
     model: how.model,
-    temperature: how.sampling.temperature,
-    top_p: how.sampling.topP,
-    max_tokens: how.sampling.maxTokens,
+    ...wireSampling(how.sampling),
     stream: true,
     stream_options: { include_usage: true },
-    ...(wireForm(how.dials) ? { dials: wireForm(how.dials) } : {}),
+    ...(dials ? { dials } : {}),
   };
   if (how.kind === 'completion') return { kind: 'completion', body: { ...shared, prompt: question } };
   const messages = [
@@ -194,6 +197,11 @@ function take(id: string, report: Report): void {
         firstWordAt: turn.firstWordAt ?? now,
         lastWordAt: now,
       });
+    case 'picture': {
+      const others = (turn.pictures ?? []).filter((each) => each.index !== report.picture.index);
+      const pictures = [...others, report.picture].sort((a, b) => a.index - b.index);
+      return update(id, { pictures, phase: { is: 'writing' } });
+    }
     case 'finish':
       return update(id, { phase: { is: 'done', reason: report.reason } });
     case 'usage':
@@ -216,10 +224,15 @@ function change(next: readonly Turn[]): void {
 function save(): void {
   if (saveTimer) clearTimeout(saveTimer);
   saveTimer = null;
-  try {
-    sessionStorage.setItem(STORED, JSON.stringify({ owner, turns }));
-  } catch {
-    // Full or forbidden: the conversation then lives as long as the page.
+  // Pictures are large: where they do not all fit, the older ones live as long as the page.
+  for (let kept = 0; kept <= turns.length; kept++) {
+    const stored = turns.map((turn, at) => (at < kept && turn.pictures ? { ...turn, pictures: [] } : turn));
+    try {
+      sessionStorage.setItem(STORED, JSON.stringify({ owner, turns: stored }));
+      return;
+    } catch {
+      // Full or forbidden.
+    }
   }
 }
 

@@ -42,6 +42,14 @@ describe('what is sent', () => {
     expect(isNeutral(NEUTRAL)).toBe(true);
     expect(wireForm(NEUTRAL)).toBeUndefined();
     expect(wireForm({ eps: 100, attn: 1, mlp: 0.9 })).toEqual({ eps: 100, mlp: 0.9 });
+    const bands = [
+      { ...NEUTRAL, layers: ' 0-7 ', attn: 1.1 },
+      { ...NEUTRAL, layers: '8-9' }, // turns nothing
+      { ...NEUTRAL, layers: '', mlp: 2 }, // says not where
+    ];
+    expect(wireForm(NEUTRAL, bands)).toEqual({ bands: [{ layers: '0-7', attn: 1.1 }] });
+    expect(wireForm(NEUTRAL, bands.slice(1))).toBeUndefined();
+    expect(wireForm({ ...NEUTRAL, mlp: 2 }, [], { attn_self: 0.9 })).toEqual({ mlp: 2, attn_self: 0.9 });
   });
 });
 

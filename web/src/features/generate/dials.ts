@@ -6,6 +6,12 @@ export type DialValues = Record<Dial, number>;
 
 export const NEUTRAL: DialValues = { eps: 1, attn: 1, mlp: 1 };
 
+/** The dials again, on some layers only: they multiply with those of the whole model. */
+export interface Band extends DialValues {
+  layers: string; // `0-7`, or blocks of a UNet such as `up.1-3`
+}
+export const MOST_BANDS = 8;
+
 /** eps is turned on a logarithmic slider: its position is the power of ten. */
 export const EPS_EXPONENT = { min: -2, max: 4, step: 0.1 } as const;
 export const GAIN = { min: 0.5, max: 1.5, step: 0.01, usefulFrom: 0.8, usefulTo: 1.2 } as const;
@@ -26,10 +32,26 @@ export function format(dial: Dial, value: number): string {
 
 export const isNeutral = (values: DialValues): boolean => DIALS.every((dial) => values[dial] === 1);
 
+/** Bands that say where, and turn something. */
+export const turnedBands = (bands: readonly Band[]): readonly Band[] =>
+  bands.filter((band) => band.layers.trim() && !isNeutral(band));
+
 /** The wire form, or nothing where nothing is turned: a request without dials runs the plain path. */
-export function wireForm(values: DialValues): Partial<DialValues> | undefined {
-  const turned = DIALS.filter((dial) => values[dial] !== 1);
-  return turned.length === 0 ? undefined : Object.fromEntries(turned.map((dial) => [dial, values[dial]]));
+export function wireForm(
+  values: DialValues,
+  bands: readonly Band[] = [],
+  own: Record<string, number> = {},
+): Record<string, unknown> | undefined {
+  const form = { ...turned(values), ...own, ...wireBands(bands) };
+  return Object.keys(form).length === 0 ? undefined : form;
+}
+
+const turned = (values: DialValues): Partial<DialValues> =>
+  Object.fromEntries(DIALS.filter((dial) => values[dial] !== 1).map((dial) => [dial, values[dial]]));
+
+function wireBands(bands: readonly Band[]): { bands?: unknown } {
+  const some = turnedBands(bands);
+  return some.length === 0 ? {} : { bands: some.map((band) => ({ layers: band.layers.trim(), ...turned(band) })) };
 }
 
 /** How far from plain a value is, from 0 to 1: what the pictures show. */

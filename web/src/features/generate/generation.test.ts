@@ -71,3 +71,19 @@ it('throws an error of the stream with its code', async () => {
   };
   await expect(run()).rejects.toMatchObject({ code: 'context_length_exceeded', message: 'too long' });
 });
+
+it('yields each picture as far as it is', async () => {
+  const shown = { b64_json: 'AA==', output_format: 'png', index: 1, seed: 7 };
+  answer = (_method, _last, response) => {
+    response.write(frame(1, { type: 'started', id: 'gen-1' }));
+    response.write(frame(2, { type: 'image_generation.partial_image', ...shown }));
+    response.write(frame(3, { type: 'image_generation.completed', ...shown }));
+    response.end('id: 4\ndata: [DONE]\n\n');
+  };
+  const { reports } = await run();
+  const src = 'data:image/png;base64,AA==';
+  expect(reports.slice(1)).toEqual([
+    { kind: 'picture', picture: { index: 1, seed: 7, src, done: false } },
+    { kind: 'picture', picture: { index: 1, seed: 7, src, done: true } },
+  ]);
+});

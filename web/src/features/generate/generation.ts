@@ -10,7 +10,16 @@ export type Report =
   | { kind: 'text'; text: string }
   | { kind: 'finish'; reason: string }
   | { kind: 'usage'; tokens: number }
+  | { kind: 'picture'; picture: Picture }
   | { kind: 'reconnecting' };
+
+/** As far as it is. */
+export interface Picture {
+  index: number; // among those of one request
+  seed: number;
+  src: string; // a data URL
+  done: boolean;
+}
 
 export interface Place {
   id: string;
@@ -66,7 +75,12 @@ function* reports(data: string): Generator<Report> {
   if ('type' in frame) {
     if (frame.type === 'started') yield { kind: 'started', id: frame.id };
     else if (frame.type === 'waiting') yield { kind: 'waiting', place: frame.place, reason: frame.reason };
-    else yield { kind: 'reading', gpu: frame.gpu };
+    else if (frame.type === 'reading') yield { kind: 'reading', gpu: frame.gpu };
+    else {
+      const { index, seed } = frame;
+      const src = `data:image/${frame.output_format};base64,${frame.b64_json}`;
+      yield { kind: 'picture', picture: { index, seed, src, done: frame.type === 'image_generation.completed' } };
+    }
     return;
   }
   const choice = frame.choices[0];

@@ -1,18 +1,27 @@
 /** What the generate screen is set to: model, dials, sampling, system prompt. Kept for this tab. */
 import { useSyncExternalStore } from 'react';
-import type { Sampling } from './conversation';
-import { NEUTRAL, type DialValues } from './dials';
+import { NEUTRAL, type Band, type DialValues } from './dials';
+import { DEFAULT_PICTURE, type PictureSettings } from './pictures';
+import { DEFAULT_SAMPLING, type Sampling } from './sampling';
 
 export interface Settings {
   model: string | null;
   dials: DialValues;
+  bands: readonly Band[];
   sampling: Sampling;
   system: string;
+  picture: PictureSettings;
 }
 
 const STORED = 'fine-generate';
-export const DEFAULT_SAMPLING: Sampling = { temperature: 0.7, topP: 0.95, maxTokens: 400 };
-const DEFAULTS: Settings = { model: null, dials: NEUTRAL, sampling: DEFAULT_SAMPLING, system: '' };
+const DEFAULTS: Settings = {
+  model: null,
+  dials: NEUTRAL,
+  bands: [],
+  sampling: DEFAULT_SAMPLING,
+  system: '',
+  picture: DEFAULT_PICTURE,
+};
 
 let settings: Settings = load();
 const listeners = new Set<() => void>();
@@ -42,7 +51,9 @@ export const forgetSettings = (): void => setSettings(DEFAULTS);
 
 function load(): Settings {
   try {
-    return { ...DEFAULTS, ...(JSON.parse(sessionStorage.getItem(STORED) ?? '{}') as Partial<Settings>) };
+    const found = JSON.parse(sessionStorage.getItem(STORED) ?? '{}') as Partial<Settings>;
+    const sampling = { ...DEFAULT_SAMPLING, ...found.sampling }; // an older page knew fewer
+    return { ...DEFAULTS, ...found, sampling, picture: { ...DEFAULT_PICTURE, ...found.picture } };
   } catch {
     return DEFAULTS;
   }

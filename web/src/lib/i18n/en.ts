@@ -4,7 +4,9 @@ import { hyper } from './hyper';
 import { models } from './models';
 import { notify } from './notify';
 import { people } from './people';
+import { pictures } from './pictures';
 import { run } from './run';
+import { sampling } from './sampling';
 import { tokens } from './tokens';
 import { usage } from './usage';
 import { webhooks } from './webhooks';
@@ -139,7 +141,6 @@ export const en = {
     absent_llama: 'No GPU offers a Llama yet',
     absent_gpt2: 'No GPU offers GPT-2 yet',
     absent_sd: 'No GPU offers Stable Diffusion yet',
-    unsupported_sd: 'Pictures are not built into this page yet',
     models_one: '{{count}} model',
     models_other: '{{count}} models',
     chooseModel: 'Choose a model',
@@ -196,6 +197,13 @@ export const en = {
     answerOf: 'Answer of {{model}}',
   },
   dials: {
+    bands: 'On some layers only',
+    bandsText: 'These multiply with the dials above, on the layers named: 0-7, or 12,20-29.',
+    bandsBlocks: 'These multiply with the dials above, on the blocks named: down, mid, up, or up.1-3.',
+    band: 'Band {{number}}',
+    bandLayers: 'Layers',
+    bandAdd: 'Add layers',
+    bandRemove: 'Remove band {{number}}',
     title: 'Dials',
     resetAll: 'Reset all',
     reset: 'Reset {{dial}}',
@@ -466,7 +474,9 @@ export const en = {
   models: models.en,
   notify: notify.en,
   people: people.en,
+  pictures: pictures.en,
   run: run.en,
+  sampling: sampling.en,
   tokens: tokens.en,
   usage: usage.en,
   webhooks: webhooks.en,

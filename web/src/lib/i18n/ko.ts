@@ -5,7 +5,9 @@ import { hyper } from './hyper';
 import { models } from './models';
 import { notify } from './notify';
 import { people } from './people';
+import { pictures } from './pictures';
 import { run } from './run';
+import { sampling } from './sampling';
 import { tokens } from './tokens';
 import type { Words } from './type';
 import { usage } from './usage';
@@ -141,7 +143,6 @@ export const ko: Words<typeof en> = {
     absent_llama: 'Llama를 가진 GPU가 아직 없습니다',
     absent_gpt2: 'GPT-2를 가진 GPU가 아직 없습니다',
     absent_sd: 'Stable Diffusion을 가진 GPU가 아직 없습니다',
-    unsupported_sd: '그림 생성은 아직 이 화면에 없습니다',
     models_one: '모델 {{count}}개',
     models_other: '모델 {{count}}개',
     chooseModel: '모델을 고르세요',
@@ -198,6 +199,13 @@ export const ko: Words<typeof en> = {
     answerOf: '{{model}}의 답변',
   },
   dials: {
+    bands: '일부 층에만',
+    bandsText: '적은 층에서 위의 다이얼에 곱합니다. 예: 0-7 또는 12,20-29.',
+    bandsBlocks: '적은 블록에서 위의 다이얼에 곱합니다. 예: down, mid, up 또는 up.1-3.',
+    band: '범위 {{number}}',
+    bandLayers: '층',
+    bandAdd: '층 추가',
+    bandRemove: '범위 {{number}} 빼기',
     title: '다이얼',
     resetAll: '모두 되돌리기',
     reset: '{{dial}} 되돌리기',
@@ -464,7 +472,9 @@ export const ko: Words<typeof en> = {
   models: models.ko,
   notify: notify.ko,
   people: people.ko,
+  pictures: pictures.ko,
   run: run.ko,
+  sampling: sampling.ko,
   tokens: tokens.ko,
   usage: usage.ko,
   webhooks: webhooks.ko,

@@ -26,7 +26,7 @@ describe('the two languages', () => {
 
   it('leave no text empty, and no English sentence in Korean but the prompts that the demo model needs', () => {
     const mayBeLatin =
-      /^(generate\.(example\d|family_\w+|topP)|dials\.(eps|attn|mlp)|.*method_lora|hyper.method_dora|.*part_mlp|.*placeholder|gpus\.title|app\.gpus|job\.gpu|keys\.fixed|gpus\.arrivedText)$/;
+      /^((generate|pictures)\.example\d|generate\.(family_\w+|topP)|sampling\.(topK|minP)|dials\.(eps|attn|mlp)|.*method_lora|hyper.method_dora|.*part_mlp|.*placeholder|gpus\.title|app\.gpus|job\.gpu|keys\.fixed|gpus\.arrivedText)$/;
     for (const [key, text] of korean) {
       expect(text.trim(), key).not.toBe('');
       if (!mayBeLatin.test(key)) expect(text, key).toMatch(/[가-힣]/);
