@@ -22,7 +22,13 @@ const EPS_MARKS = [-2, 0, 2, 3, 4].map((value) => ({
 }));
 const GAIN_MARKS = [0.5, 0.8, 1, 1.2, 1.5].map((value) => ({ value, label: String(value) }));
 
-export function Dials({ values, onChange }: { values: DialValues; onChange: (values: DialValues) => void }) {
+interface Props {
+  values: DialValues;
+  image: boolean; // of a model that draws
+  onChange: (values: DialValues) => void;
+}
+
+export function Dials({ values, image, onChange }: Props) {
   const { t } = useTranslation();
   return (
     <section className={css.dials} aria-label={t('dials.title')}>
@@ -45,6 +51,7 @@ export function Dials({ values, onChange }: { values: DialValues; onChange: (val
           key={dial}
           dial={dial}
           value={values[dial]}
+          text={t(image ? `dials.${dial}_drawn` : `dials.${dial}_text`)}
           onChange={(value) => onChange({ ...values, [dial]: value })}
         />
       ))}
@@ -52,7 +59,14 @@ export function Dials({ values, onChange }: { values: DialValues; onChange: (val
   );
 }
 
-function OneDial({ dial, value, onChange }: { dial: Dial; value: number; onChange: (value: number) => void }) {
+interface DialProps {
+  dial: Dial;
+  value: number;
+  text: string;
+  onChange: (value: number) => void;
+}
+
+function OneDial({ dial, value, text, onChange }: DialProps) {
   const { t } = useTranslation();
   const logarithmic = dial === 'eps';
   const range = logarithmic ? EPS_EXPONENT : GAIN;
@@ -84,7 +98,7 @@ function OneDial({ dial, value, onChange }: { dial: Dial; value: number; onChang
             </ActionIcon>
           </div>
           <Text size="xs" c="dimmed" lh={1.45}>
-            {t(`dials.${dial}_text`)}
+            {text}
           </Text>
         </div>
       </div>

@@ -73,7 +73,7 @@ export function GeneratePage() {
   const panel = model ? (
     <div className={css.panel}>
       <ModelPicker models={models.data ?? []} model={model} onPick={(id) => setSettings({ model: id })} />
-      <Dials values={settings.dials} onChange={(dials) => setSettings({ dials })} />
+      <Dials values={settings.dials} image={how?.kind === 'image'} onChange={(dials) => setSettings({ dials })} />
       <Bands bands={settings.bands} blocks={how?.kind === 'image'} onChange={(bands) => setSettings({ bands })} />
       {how?.kind === 'image' ? (
         <PictureForm picture={settings.picture} onChange={(picture) => setSettings({ picture })} />
@@ -228,8 +228,15 @@ function Conversation({ turns, onRetry }: { turns: readonly Turn[]; onRetry: (()
   const box = useRef<HTMLDivElement>(null);
   const follows = useRef(true);
   useLayoutEffect(() => {
-    if (box.current && follows.current) box.current.scrollTop = box.current.scrollHeight;
-  }, [turns]);
+    const column = box.current?.firstElementChild;
+    if (!column) return;
+    const follow = () => {
+      if (box.current && follows.current) box.current.scrollTop = box.current.scrollHeight;
+    };
+    const observer = new ResizeObserver(follow); // words come, and pictures have their height once they are read
+    observer.observe(column);
+    return () => observer.disconnect();
+  }, []);
   useLayoutEffect(() => {
     follows.current = true;
   }, [turns.length]);

@@ -197,6 +197,9 @@ export const en = {
     answerOf: 'Answer of {{model}}',
   },
   dials: {
+    eps_drawn: 'Blurs quiet signals inside the UNet: unnoticed at first, then softer, then broken.',
+    attn_drawn: 'How strongly parts of the picture look at each other and at the prompt.',
+    mlp_drawn: 'How strongly learned shapes come through: lower is vaguer, higher more insistent.',
     bands: 'On some layers only',
     bandsText: 'These multiply with the dials above, on the layers named: 0-7, or 12,20-29.',
     bandsBlocks: 'These multiply with the dials above, on the blocks named: down, mid, up, or up.1-3.',

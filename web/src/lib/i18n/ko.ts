@@ -199,6 +199,9 @@ export const ko: Words<typeof en> = {
     answerOf: '{{model}}의 답변',
   },
   dials: {
+    eps_drawn: 'UNet 안의 약한 신호를 흐립니다. 처음에는 티가 안 나다가 부드러워지고, 더 올리면 무너집니다.',
+    attn_drawn: '그림의 부분들이 서로를, 그리고 프롬프트를 얼마나 강하게 보는지입니다.',
+    mlp_drawn: '배운 모양이 얼마나 강하게 나오는지입니다. 낮으면 흐릿하고 높으면 고집스럽습니다.',
     bands: '일부 층에만',
     bandsText: '적은 층에서 위의 다이얼에 곱합니다. 예: 0-7 또는 12,20-29.',
     bandsBlocks: '적은 블록에서 위의 다이얼에 곱합니다. 예: down, mid, up 또는 up.1-3.',
