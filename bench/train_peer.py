@@ -45,7 +45,9 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     transformers.set_seed(5)
     pad_id = 0
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    half = spec["precision"] == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype)
     model = adapted(model, spec)
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
         use_cpu=True,
+        bf16=half,
         disable_tqdm=True,
         remove_unused_columns=False,
         seed=5,
