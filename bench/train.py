@@ -7,9 +7,9 @@ the last and includes the frozen prefix, whose folder is empty at the start; the
 Loading and tokenising are in neither.
 
 The last line is JSON. Speed-ups are the peer's seconds / ours; `loss_gap` is ours / the peer's - 1 of the final
-validation loss; memory is the peak of the process, ours / the peer's. `bf16` is the same with base models in bf16 on both
-sides, and null on a machine without units for it. Run it by `make bench-train`, on a machine that does nothing else.
-`--quick` is one epoch of a few rows, for who works on it.
+validation loss; memory is the peak of the process, ours / the peer's. `bf16` is the same with base models in bf16 on
+both sides, and null on a machine without units for it. Run it by `make bench-train`, on a machine that does nothing
+else. `--quick` is one epoch of a few rows, for who works on it.
 """
 
 import argparse
