@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import httpx2
 
-from demo import gpt2, model, screen, services
+from demo import diffusion, gpt2, model, screen, services
 from demo.screen import Screen
 from demo.services import Died, Service
 from demo.tour import ANSWER_TOKENS, QUESTION, Tour, TourFailed
@@ -130,7 +130,7 @@ def _serve(settings: Settings, out: Screen, running: list[Service]) -> NoReturn:
                 "GPU_DEVICE": os.environ.get("GPU_DEVICE") or "cpu",
                 "GPU_TUNNEL": "none",
                 "GPU_PUBLIC_URL": settings.gpu_url,
-                "GPU_MODELS": f"{model.NAME}={folder},{gpt2.NAME}={gpt2.FOLDER}",
+                "GPU_MODELS": ",".join(f"{name}={at}" for name, at in _served(folder).items()),
                 "HF_HUB_OFFLINE": "1",
             },
             settings.data_dir / "gpu.log",
@@ -184,6 +184,10 @@ def _model(settings: Settings, out: Screen) -> Path:
             f"{model.NAME} 을(를) safetensors로 변환합니다. 처음 한 번만, 약 20초 ...",
         )
     return model.ensure(settings.data_dir)
+
+
+def _served(llama: Path) -> dict[str, Path]:
+    return {model.NAME: llama, gpt2.NAME: gpt2.FOLDER, diffusion.NAME: diffusion.FOLDER}
 
 
 def _wait_for_health(client: httpx2.Client, relay: Service, out: Screen) -> None:

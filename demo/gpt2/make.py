@@ -4,21 +4,18 @@ Goes on where it was stopped. One thread and the same versions give the same wei
 """
 
 import argparse
-import contextlib
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from demo import run
 from demo.gpt2 import FOLDER, card, text
 from demo.gpt2.stories import SEED
 
@@ -48,7 +45,7 @@ def main() -> None:
     print(f"{len(tokenizer):,} tokens known, {rows[:, 0].numel():,} to learn from", flush=True)
 
     model = new_model(tokenizer)
-    stop = _Stop()
+    stop = run.Stop()
 
     def look() -> None:
         told = "\n\n".join(card.samples(model, tokenizer, card.PROMPTS[:2]))
@@ -79,7 +76,15 @@ def train(
 ) -> bool:
     """True when all steps are done, False when it was asked to stop; in both cases the file holds the state."""
     optimizer = torch.optim.AdamW(_groups(model), lr=PEAK, betas=(0.9, 0.95), fused=True)
-    first = step = _load(file, model, optimizer)
+    first = step = 0
+    if state := run.load(file):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = step = int(state["step"])
+
+    def save() -> None:
+        run.save(file, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+
     saved = started = time.monotonic()
     _drop_dropout(model)
     for batch in text.batches(rows, ROWS, start=step):
@@ -99,9 +104,9 @@ def train(
         if step % LOOK_EVERY == 0:
             look()
         if time.monotonic() - saved > SAVE_EVERY_S:
-            _save(file, model, optimizer, step)
+            save()
             saved = time.monotonic()
-    _save(file, model, optimizer, step)
+    save()
     return step >= steps
 
 
@@ -188,44 +193,6 @@ def _drop_dropout(model: Any) -> None:
         elif isinstance(getattr(module, "attn_dropout", None), float):
             module.attn_dropout = 0.0
     model.train()
-
-
-class _Stop:
-    """A polite kill ends the run after its step, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._ask)
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-
-def _save(file: Path, model: Any, optimizer: torch.optim.Optimizer, step: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "rng": torch.get_rng_state(),
-    }
-    with part.open("wb") as out:
-        torch.save(state, out)
-        out.flush()
-        os.fsync(out.fileno())
-    part.replace(file)
-
-
-def _load(file: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        state = torch.load(file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        return int(state["step"])
-    return 0
 
 
 if __name__ == "__main__":
