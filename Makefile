@@ -7,7 +7,7 @@ TOUR ?= 1
 export PYTHON TORCH_INDEX DATA TOUR
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo web web-check lint test test-long test-all soak bench-generate bench-train bench-link bench-relay clean
+.PHONY: help setup demo web web-check lint test test-long test-all soak bench-generate bench-train bench-image bench-link bench-relay clean
 
 help:
 	@echo "make demo      relay + gpu on this machine; fine-tunes a small Llama before your eyes (TOUR=0: only serve)"
@@ -16,6 +16,7 @@ help:
 	@echo "make soak      ten minutes of callers that come, leave and err; memory must stay flat"
 	@echo "make bench-generate text generation, side by side with transformers serve"
 	@echo "make bench-train fine-tuning, side by side with Hugging Face Trainer and peft"
+	@echo "make bench-image pictures, side by side with diffusers' pipeline"
 	@echo "make bench-link what dial-out adds to a request, against HTTP on loopback"
 	@echo "make bench-relay what the relay costs, side by side with nginx and the LiteLLM proxy"
 	@echo "make web       only build the page, into web/dist"
@@ -59,6 +60,9 @@ bench-generate: setup
 
 bench-train: setup
 	.venv/bin/python -m bench.train
+
+bench-image: setup
+	.venv/bin/python -m bench.image
 
 bench-link: setup
 	.venv/bin/python -m bench.link

@@ -80,7 +80,7 @@ def train(work: Path, first: Phase, second: Phase, *, stop: Callable[[], bool]) 
 
 
 def new_pipeline() -> StableDiffusionPipeline:
-    """0.98 million parameters that see, 4.8 million that draw, and 0.2 million that read."""
+    """0.98 million parameters that see, 4.8 million that draw, and 0.3 million that read."""
     tokenizer = new_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),

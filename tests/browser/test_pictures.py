@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 def drawing(page_built: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relay]:
     folder = tmp_path_factory.mktemp("drawing")
     relay = Relay(folder / "relay")
-    with running(relay), running(Gpu(folder / "gpu", {diffusion.NAME: Path("/tmp/q/tinysd")}, relay)):
+    with running(relay), running(Gpu(folder / "gpu", {diffusion.NAME: diffusion.FOLDER}, relay)):
         relay.serves(diffusion.NAME)
         yield relay
 
