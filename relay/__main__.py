@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import frames
 import logs
-from relay import backup, errors, settings, tables
+from relay import backup, errors, processes, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
 from relay.audit import Audit
@@ -338,6 +338,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m relay", description="The relay of I'm Fine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run the relay").set_defaults(apart=lambda args: serve(args.settings))
+    work = commands.add_parser("worker", help="a Celery worker, which hands jobs out; with RELAY_BROKER_URL")
+    work.add_argument("--concurrency", type=_positive(int, 64), default=2)
+    work.set_defaults(apart=lambda args: processes.worker(args.settings, args.concurrency))
+    beat = commands.add_parser("beat", help="Celery's clock, one for all; with RELAY_BROKER_URL")
+    beat.set_defaults(apart=lambda args: processes.beat(args.settings))
+    flower = commands.add_parser("flower", help="shows Celery's work, on loopback; with RELAY_BROKER_URL")
+    flower.add_argument("--port", type=_positive(int, 65535), default=5555)
+    flower.set_defaults(apart=lambda args: processes.flower(args.settings, args.port))
     keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="WHAT")
     create = keys.add_parser("create", help="make a key, and the user if there is none")
     create.add_argument("--user", required=True)

@@ -273,7 +273,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
                 continue_from=model.id if model.is_tuned else None,
             ),
         )
-        api.dispatcher.wake()
+        api.dispatcher.wake(job.id)
         return JSONResponse(await api.shown(job))
 
     @routes.get("/fine_tuning/jobs")
@@ -335,7 +335,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         body = await read_body(request, api.settings.max_body_bytes)
         asked = parse(shapes.Resume, parse_object(body) if body.strip() else {})
         job = await api.jobs.resume(user.id, job_id, asked.learning_rate_factor)
-        api.dispatcher.wake()
+        api.dispatcher.wake(job_id)
         return JSONResponse(await api.shown(job))
 
     @routes.post("/fine_tuning/jobs/{job_id}/cancel")
@@ -343,5 +343,5 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         user = await api.user(request, "train")
         job, gpu_id = await api.jobs.cancel(user.id, job_id)
         api.dispatcher.ring(gpu_id)
-        api.dispatcher.wake()
+        api.dispatcher.wake(job_id)
         return JSONResponse(await api.shown(job))

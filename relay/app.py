@@ -23,6 +23,7 @@ from relay.accounts import KEY_PREFIX, Accounts
 from relay.adapters import Adapters
 from relay.audit import Audit
 from relay.blobs import Blobs
+from relay.broker import Broker
 from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
@@ -102,7 +103,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     uploads = Uploads(store, blobs, leases, room)
     files = Files(store, blobs, room, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
-    dispatcher = Dispatcher(leases, gpus, stopping, metrics)
+    broker = Broker(settings.broker_url) if settings.broker_url else None
+    dispatcher = Dispatcher(leases, gpus, stopping, metrics, broker)
     usage = Usage(store, settings, clock)
     proxy = Proxy(gpus, client, stopping, metrics, usage)
     passwords = Passwords(store, accounts, clock)

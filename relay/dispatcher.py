@@ -1,14 +1,17 @@
 """Queued jobs meet gpus: the loop that hands them out, and the bells that tell a gpu's held heartbeat to look.
 
 The database is the truth; a bell only saves waiting. So several relay processes, each with a loop of its own, are
-correct without speaking to each other, and at worst a second late.
+correct without speaking to each other, and at worst a second late. With a broker Celery's workers hand out, by the same
+code, and the loop only tells them to look.
 """
 
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 import wire
+from relay.broker import Broker
 from relay.gpus import Gpus
 from relay.leases import Leases
 from relay.metrics import Metrics
@@ -18,19 +21,49 @@ log = logging.getLogger("relay.dispatcher")
 ROUND_S = 1.0  # without a bell; also how long a command by another process goes unnoticed
 
 
+class HandOut:
+    """What is done to the database in a round, wherever that runs."""
+
+    def __init__(self, leases: Leases, metrics: Metrics) -> None:
+        self._leases, self._metrics = leases, metrics
+
+    async def round(
+        self, given: Callable[[str], None] = lambda gpu_id: None, stopping: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Jobs handed out; `given` hears to which gpus."""
+        if lost := await self._leases.expire():
+            self._metrics.leases_lost.inc(lost)
+            log.warning("leases were over; their jobs wait again")
+        await self._leases.forget_diverged()
+        count = 0
+        while not stopping() and (match := await self._leases.next_match()):
+            fence = await self._leases.claim(match)
+            if fence is None:
+                break  # somebody else was first; the next round looks again
+            log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
+            given(match.gpu_id)
+            count += 1
+        return count
+
+
 class Dispatcher:
     """`stopping` ends the loop and every held heartbeat."""
 
-    def __init__(self, leases: Leases, gpus: Gpus, stopping: asyncio.Event, metrics: Metrics) -> None:
+    def __init__(
+        self, leases: Leases, gpus: Gpus, stopping: asyncio.Event, metrics: Metrics, broker: Broker | None = None
+    ) -> None:
         self._leases = leases
         self._gpus = gpus
         self._stopping = stopping
-        self._metrics = metrics
+        self._broker = broker
+        self._hand_out = HandOut(leases, metrics)
+        self._woken: set[str] = set()  # jobs that there is news of; empty: of a gpu
         self._work = asyncio.Event()
         self._bells: dict[str, set[asyncio.Event]] = {}  # of the heartbeats that are held, by gpu id
 
-    def wake(self) -> None:
+    def wake(self, job_id: str = "") -> None:
         """There may be something to hand out."""
+        self._woken.add(job_id)
         self._work.set()
 
     def ring(self, gpu_id: str | None) -> None:
@@ -56,16 +89,14 @@ class Dispatcher:
 
     async def _round(self) -> None:
         await self._gpus.prove()
-        if lost := await self._leases.expire():
-            self._metrics.leases_lost.inc(lost)
-            log.warning("leases were over; their jobs wait again")
-        await self._leases.forget_diverged()
-        while not self._stopping.is_set() and (match := await self._leases.next_match()):
-            fence = await self._leases.claim(match)
-            if fence is None:
-                return  # somebody else was first; the next round looks again
-            log.info("job %s given to gpu %s, fence %d", match.job_id, match.gpu_id, fence)
-            self.ring(match.gpu_id)
+        woken, self._woken = self._woken, set()
+        if self._broker is None:
+            await self._hand_out.round(self.ring, self._stopping.is_set)
+        elif woken and not self._stopping.is_set():
+            try:
+                await self._broker.tell(woken)
+            except Exception as exc:  # of whichever library the broker speaks through
+                log.warning("the broker can't be told that there is work (%r); workers find it once it is back", exc)
 
     async def commands(self, by: wire.SignedBy, beat: wire.Heartbeat, hold_s: float) -> list[wire.Command]:
         """What the gpu must do; waits for it up to `hold_s`."""

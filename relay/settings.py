@@ -34,8 +34,10 @@ class Settings:
     port: int = 8000
     data_dir: Path = Path("data/relay")
     database_url: str = ""  # empty: SQLite in the data folder
+    broker_url: str = ""  # empty: the relay hands jobs out itself
     admin_key: str | None = None
     enrol_token: str | None = None
+    flower_password: str | None = None
     metrics_token: str | None = None  # None: the admin's key alone reads /metrics
     log_level: logs.Level = "info"
     log_format: logs.Format = "auto"
@@ -64,6 +66,10 @@ class Settings:
     @property
     def admin_key_file(self) -> Path:
         return self.data_dir / "admin.key"
+
+    @property
+    def flower_password_file(self) -> Path:
+        return self.data_dir / "flower.password"
 
     @property
     def enrol_token_file(self) -> Path:
@@ -121,6 +127,12 @@ def _secret(value: str) -> str:
     return value
 
 
+def _broker(value: str) -> str:
+    if not value.startswith(("amqp://", "amqps://")):
+        raise ValueError("use amqp://user:password@host/ or amqps://")
+    return value
+
+
 def _suffixes(value: str) -> tuple[str, ...]:
     suffixes = tuple(part.strip().lower() for part in value.split(",") if part.strip())
     if not suffixes or not all(s.startswith(".") and len(s) > 3 for s in suffixes):
@@ -153,9 +165,23 @@ SETTINGS = (
     Setting(
         "RELAY_DATABASE_URL", "database_url", "SQLite in the data folder", "SQLAlchemy URL with an async driver.", _text
     ),
+    Setting(
+        "RELAY_BROKER_URL",
+        "broker_url",
+        "none: the relay hands jobs out itself",
+        "RabbitMQ, as `amqp://user:password@host/`: Celery's workers hand them out.",
+        _broker,
+    ),
     Setting("RELAY_ADMIN_KEY", "admin_key", "made on first start, in admin.key", "API key of the user admin.", _secret),
     Setting(
         "RELAY_ENROL_TOKEN", "enrol_token", "made on first start, in enrol.token", "What a gpu enrols with.", _secret
+    ),
+    Setting(
+        "RELAY_FLOWER_PASSWORD",
+        "flower_password",
+        "made on first start, in flower.password",
+        "Of the user admin, for Flower.",
+        _secret,
     ),
     Setting(
         "RELAY_METRICS_TOKEN",
@@ -237,6 +263,11 @@ SETTINGS = (
 )
 
 
+def environment() -> dict[str, str]:
+    """For who hands it to a process."""
+    return dict(os.environ)
+
+
 def from_env(environ: Mapping[str, str] = os.environ) -> Settings:
     """Raises BadSetting, naming the variable. An empty variable counts as unset."""
     values: dict[str, Any] = {}
@@ -248,7 +279,7 @@ def from_env(environ: Mapping[str, str] = os.environ) -> Settings:
             values[setting.field] = setting.parse(text)
         except ValueError as exc:
             # The value of a secret must not end up in a log.
-            shown = "is set" if setting.parse is _secret else f"is {text!r}"
+            shown = "is set" if setting.parse in (_secret, _broker) else f"is {text!r}"
             raise BadSetting(f"{setting.name} {shown}: {exc}") from exc
     settings = Settings(**values)
     if settings.lease_s < 2 * settings.heartbeat_s:

@@ -25,7 +25,7 @@ SHARED_MAY_IMPORT = {
 FLOORS: dict[str, list[list[str]]] = {
     "relay": [
         ["__main__", "celery_app"],
-        ["app"],
+        ["app", "processes"],
         ["openapi"],
         ["api_webhooks", "api_adapters", "api_data"],
         ["api_admin", "api_openai", "api_gpu", "api_ui", "api_ops"],
@@ -53,7 +53,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ],
         ["gpu_client", "calls", "roster", "breaker", "fairness", "lines"],
         ["outbox", "meter"],
-        ["backup", "dialout", "transport", "sweep", "health"],
+        ["backup", "dialout", "transport", "sweep", "health", "broker"],
         ["refs", "blobs", "store"],
         ["migrate", "tables"],
         ["settings", "errors", "streams", "metrics", "shared"],

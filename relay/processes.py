@@ -1,0 +1,50 @@
+"""The processes beside the relay where a broker is named: Celery's worker and beat, and Flower, which shows them.
+
+Each takes the place of the process that asked for it. What is secret goes by environment, for everybody on a machine
+may read a command line.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+from relay.settings import BadSetting, Settings, environment, secret
+
+FLOWER_USER, FLOWER_PREFIX = "admin", "pw-flower-"
+CELERY = (sys.executable, "-m", "celery", "--quiet", "-A", "relay.celery_app")
+
+
+def worker(settings: Settings, concurrency: int) -> NoReturn:
+    _run(
+        settings,
+        "worker",
+        "--loglevel",
+        "info",
+        "--concurrency",
+        str(concurrency),
+        "--without-gossip",
+        "--without-mingle",
+    )
+
+
+def beat(settings: Settings) -> NoReturn:
+    _run(settings, "beat", "--loglevel", "info", "--schedule", str(settings.data_dir / "beat"))
+
+
+def flower(settings: Settings, port: int) -> NoReturn:
+    """On loopback, for nginx to pass on under /flower, and never without a password."""
+    password = secret(settings.flower_password, settings.flower_password_file, FLOWER_PREFIX)
+    _run(
+        settings,
+        "flower",
+        FLOWER_ADDRESS="127.0.0.1",
+        FLOWER_PORT=str(port),
+        FLOWER_URL_PREFIX="flower",
+        FLOWER_BASIC_AUTH=f"{FLOWER_USER}:{password}",
+    )
+
+
+def _run(settings: Settings, *command: str, **env: str) -> NoReturn:
+    if not settings.broker_url:
+        raise BadSetting("RELAY_BROKER_URL is not set: amqp://user:password@host/ names the RabbitMQ to listen to")
+    os.execve(sys.executable, [*CELERY, *command], environment() | env)  # noqa: S606
