@@ -2,10 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
 from tests.deploy.front import NGINX
+from tests.deploy.machine import Machine
 
 
 def program(name: str) -> str:
@@ -21,3 +23,14 @@ def program(name: str) -> str:
 def programs() -> None:
     for name in (NGINX, "openssl", "curl"):
         program(name)
+
+
+@pytest.fixture(scope="package")
+def machine(programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """Installed, and used by one test after the other as a machine is by its owner."""
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    try:
+        machine.install()
+        yield machine
+    finally:
+        machine.close()

@@ -85,6 +85,12 @@ class Machine:
     def close(self) -> None:
         subprocess.run([self.root / "bin/systemctl", "close"], env=self.env, check=True)
 
+    def until_ready(self) -> None:
+        deadline = time.monotonic() + 30
+        while self.get("/readyz").status_code != 200:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
     # --- asking it, by its certificate alone ---
 
     def until_certified(self) -> None:

@@ -3,24 +3,10 @@
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.conftest import ROOT
 from tests.deploy.machine import Machine
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    machine = Machine(tmp_path_factory.mktemp("machine"))
-    try:
-        said = machine.install()
-        assert "sudo cat" in said
-        yield machine
-    finally:
-        machine.close()
 
 
 def test_it_answers_by_https_with_the_certificate_that_was_fetched(machine: Machine) -> None:
@@ -45,15 +31,6 @@ def test_secrets_are_its_own_and_for_their_owner_only(machine: Machine) -> None:
     assert machine.get("/metrics", token).status_code == 200
 
 
-@pytest.fixture(scope="module")
-def key(machine: Machine) -> str:
-    return machine.sh("imfine keys create --user bora").split()[-1]
-
-
-def test_the_command_line_has_the_settings_of_the_service(machine: Machine, key: str) -> None:
-    assert machine.get("/v1/models", key).status_code == 200
-
-
 def test_again_it_changes_nothing(machine: Machine) -> None:
     before, secret, asked = machine.files(), machine.secret("admin.key"), machine.asked()
     machine.install()
@@ -63,8 +40,8 @@ def test_again_it_changes_nothing(machine: Machine) -> None:
     assert not list((machine.root / "var/backups/imfine").iterdir())
 
 
-def test_another_version_comes_after_a_backup_and_keeps_everything(machine: Machine, key: str, tmp_path: Path) -> None:
-    before = (machine.root / "opt/imfine/current").resolve()
+def test_another_version_comes_after_a_backup_and_keeps_everything(machine: Machine, tmp_path: Path) -> None:
+    before, key = (machine.root / "opt/imfine/current").resolve(), machine.secret("admin.key")
     source = tmp_path / "later"
     for name in ("relay", "deploy", "docs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
