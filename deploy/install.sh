@@ -24,6 +24,7 @@ unit=imfine-relay.service
 ready_s=60
 
 say() { printf '%s\n' "$*"; }
+lines() { printf '%s\n' "$@"; }
 die() { printf 'install: %s\n' "$*" >&2; exit 1; }
 
 check_machine() {
@@ -72,11 +73,14 @@ build_page() {
     fi
 }
 
-# A release is named by its content and its page's: the same code is the same folder.
+# A release is named by its content, its page's and its Python's: the same is the same folder.
 put_release() {
     say 'Putting the code in place'
     # shellcheck disable=SC2046  # names without spaces
-    release=$opt/releases/$(find $(sources) -type f ! -name '*.pyc' -exec sha256sum {} + | LC_ALL=C sort | sha256sum | cut -c 1-12)
+    release=$opt/releases/$({
+        python3 --version
+        find $(sources) -type f ! -name '*.pyc' -exec sha256sum {} + | LC_ALL=C sort
+    } | sha256sum | cut -c 1-12)
     [ ! -e "$release/.ready" ] || return 0
     rm -rf "$release"
     mkdir -p "$release"
@@ -192,7 +196,7 @@ fetch_certificate() {
     say "Asking Let's Encrypt for the certificate of $domain"
     certbot certonly --non-interactive --agree-tos --email "$email" --domain "$domain" --cert-name imfine \
         --webroot --webroot-path "$root/var/www/acme" --keep-until-expiring \
-        --deploy-hook "$current/deploy/certificate.sh" ||
+        --deploy-hook "sh $current/deploy/certificate.sh" ||
         die "the relay runs, with a certificate of its own that browsers refuse. Let $domain lead to this machine, open" \
             "ports 80 and 443, and run this again"
 }
@@ -208,5 +212,5 @@ switch_release
 start_relay
 fetch_certificate
 prune_releases
-say "" "The relay is at https://$domain" "  its admin's key:   sudo cat $data/admin.key" \
+lines "" "The relay is at https://$domain" "  its admin's key:   sudo cat $data/admin.key" \
     "  gpus enrol with:   sudo cat $data/enrol.token" "  keys for people:   sudo imfine keys create --user NAME"

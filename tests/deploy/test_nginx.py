@@ -22,13 +22,14 @@ from relay.settings import Settings
 from tests.deploy.front import DOMAIN, Nginx
 from tests.relay.conftest import CHAT_ROW, until
 from tests.relay.dialler import DiallingGpu
-from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, start_stream
+from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, say_fine, start_stream
 from tests.relay.processes import RelayProcess
 
 KEYS = {"RELAY_ADMIN_KEY": "sk-fine-of-the-admin-behind-nginx", "RELAY_ENROL_TOKEN": "enrol-token-behind-nginx"}
 UPLOAD_BYTES = 3_000_000
 ASK: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "How are you?"}]}
 PAGE = {"x-imfine-page": "1"}
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,20 @@ async def caller(nginx: Nginx) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
-@pytest.fixture
-async def gpu(relay: RelayProcess) -> AsyncIterator[DoubleGpu]:
-    async with double(relay) as gpu:
+@pytest.fixture(scope="module")
+async def one_gpu(relay: RelayProcess) -> AsyncIterator[DoubleGpu]:
+    async with DoubleGpu(relay.url, KEYS["RELAY_ENROL_TOKEN"], time.time, [BASE]).serving() as gpu:
         await gpu.enrol()
         await gpu.until_reachable()
         yield gpu
 
 
-def double(relay: RelayProcess) -> Any:
-    return DoubleGpu(relay.url, KEYS["RELAY_ENROL_TOKEN"], time.time, [BASE]).serving()
+@pytest.fixture
+def gpu(one_gpu: DoubleGpu) -> DoubleGpu:
+    """The same one, so that none is asked which went with its test."""
+    one_gpu.answer = say_fine
+    one_gpu.left.clear()
+    return one_gpu
 
 
 # --- the file ---
@@ -178,7 +183,7 @@ async def test_a_caller_who_leaves_stops_the_gpu(caller: httpx2.AsyncClient, gpu
 
     gpu.answer = for_ever
     async with caller.stream("POST", "/v1/chat/completions", json={**ASK, "stream": True}) as response:
-        await anext(response.aiter_lines())
+        assert await anext(response.aiter_lines()) == FRAMES[0].strip()
     await asyncio.wait_for(gpu.left.wait(), 5)
 
 
@@ -186,11 +191,11 @@ async def test_a_gpu_dials_out_through_it(
     nginx: Nginx, relay: RelayProcess, caller: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(nginx.authority))  # what the system trusts
-    gpu = DiallingGpu(relay.url, KEYS["RELAY_ENROL_TOKEN"], time.time, [BASE])
+    gpu = DiallingGpu(relay.url, KEYS["RELAY_ENROL_TOKEN"], time.time, ["lab/dialled"])
     async with gpu.dialling(nginx.url):
         await gpu.enrol_and_tell()
         await gpu.until_reachable()
-        response = await caller.post("/v1/chat/completions", json={**ASK, "stream": True})
+        response = await caller.post("/v1/chat/completions", json={**ASK, "model": "lab/dialled", "stream": True})
         assert response.text == "".join(FRAMES) + DONE
 
 
