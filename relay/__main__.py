@@ -77,6 +77,7 @@ def serve(config: Settings) -> int:
     logs.configure(
         config.log_level, config.log_format, ("relay",), told=(sqlite3.OperationalError, sqlite3.DatabaseError)
     )
+    settings.check_safe(config)
     try:
         listener = _listen(config)
     except OSError as exc:
@@ -96,6 +97,7 @@ def serve(config: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=[str(network) for network in config.trusted_proxies],
         timeout_keep_alive=KEEPALIVE_S,
         ws_max_size=frames.MOST_BYTES,
         ws_per_message_deflate=False,

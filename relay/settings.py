@@ -3,6 +3,7 @@
 Also the two secrets that are made on first start. Knows nothing of what the settings are for.
 """
 
+import ipaddress
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import logs
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ROOT = Path(__file__).parent.parent
 MIN_SECRET_CHARS = 16
@@ -22,6 +25,8 @@ TUNNEL_SUFFIXES = (
     ".ngrok.io",
     ".trycloudflare.com",
 )
+LOOPBACK = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1"))
+FOR_OTHERS = 0o007  # bits of a file's mode
 
 
 class BadSetting(Exception):
@@ -32,6 +37,7 @@ class BadSetting(Exception):
 class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
+    trusted_proxies: tuple[Network, ...] = LOOPBACK
     data_dir: Path = Path("data/relay")
     database_url: str = ""  # empty: SQLite in the data folder
     broker_url: str = ""  # empty: the relay hands jobs out itself
@@ -140,6 +146,15 @@ def _suffixes(value: str) -> tuple[str, ...]:
     return suffixes
 
 
+def _networks(value: str) -> tuple[Network, ...]:
+    if value.lower() == "none":
+        return ()
+    networks = tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
+    if any(network.prefixlen == 0 for network in networks):
+        raise ValueError("everybody is no proxy: whoever asks could say any address")
+    return networks
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     def read(value: str) -> str:
         if value.lower() not in choices:
@@ -161,6 +176,13 @@ class Setting:
 SETTINGS = (
     Setting("RELAY_HOST", "host", "127.0.0.1", "Address to listen on.", _text),
     Setting("RELAY_PORT", "port", "8000", "Port to listen on; 0 takes a free one.", _port),
+    Setting(
+        "RELAY_TRUSTED_PROXIES",
+        "trusted_proxies",
+        "127.0.0.1,::1",
+        "Whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed: addresses and networks, or `none`.",
+        _networks,
+    ),
     Setting("RELAY_DATA_DIR", "data_dir", "data/relay", "Folder of the database, the blobs and the two secrets.", Path),
     Setting(
         "RELAY_DATABASE_URL", "database_url", "SQLite in the data folder", "SQLAlchemy URL with an async driver.", _text
@@ -287,6 +309,36 @@ def from_env(environ: Mapping[str, str] = os.environ) -> Settings:
     if settings.database.startswith("sqlite") and not settings.database.startswith("sqlite+aiosqlite:///"):
         raise BadSetting("RELAY_DATABASE_URL needs an async driver: use sqlite+aiosqlite:///path/to/relay.db")
     return settings
+
+
+def check_safe(settings: Settings) -> None:
+    """Before it listens. Raises BadSetting for what would open a door that nobody meant to open."""
+    if not _is_loopback(settings.host):
+        where = f"RELAY_HOST={settings.host} can be reached from other machines"
+        if settings.allow_loopback_gpus:
+            raise BadSetting(
+                f"{where}, and RELAY_ALLOW_LOOPBACK_GPUS is for one machine and its developer: unset one of the two"
+            )
+        if all(network.is_loopback for network in settings.trusted_proxies):
+            raise BadSetting(
+                f"{where}, and the relay speaks no TLS: leave 127.0.0.1 with nginx in front (docs/operations), "
+                "or name the addresses of the proxy that does in RELAY_TRUSTED_PROXIES"
+            )
+    for given, file in (
+        (settings.admin_key, settings.admin_key_file),
+        (settings.enrol_token, settings.enrol_token_file),
+    ):
+        if not given and file.exists() and file.stat().st_mode & FOR_OTHERS:
+            raise BadSetting(
+                f"{file} is open to every user of this machine: chmod 600 it, and make a new one if others were here"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def secret(given: str | None, file: Path, prefix: str) -> str:

@@ -204,6 +204,28 @@ async def test_a_user_is_disabled_enabled_and_deleted_on_the_command_line(proces
     assert (await run(process.folder, *relay, "users", "delete", "admin"))[0] == 2
 
 
+@pytest.mark.parametrize(("trusted", "believed"), [("", True), ("none", False), ("10.0.0.0/8", False)])
+async def test_what_a_proxy_says_of_its_caller_is_believed_where_the_proxy_is_trusted(
+    tmp_path: Path, trusted: str, believed: bool
+) -> None:
+    process = RelayProcess(tmp_path / "data", RELAY_TRUSTED_PROXIES=trusted, FORWARDED_ALLOW_IPS="*")
+    await process.start()
+    says = {"x-forwarded-for": "203.0.113.9", "x-forwarded-proto": "https", "x-imfine-page": "1"}
+    async with httpx2.AsyncClient(base_url=process.url, headers=says, trust_env=False, verify=False) as http:
+        await http.post("/api/session", json={"key": "sk-fine-wrong"})
+        answer = await http.get("/api/audit", headers={"authorization": f"Bearer {process.secret('admin.key')}"})
+    await process.stop()
+    assert answer.json()["data"][0]["address"] == ("203.0.113.9" if believed else "127.0.0.1")
+    assert ("strict-transport-security" in answer.headers) is believed
+
+
+async def test_an_unsafe_setting_is_one_line_and_nothing_listens(tmp_path: Path) -> None:
+    status, _, err = await run(tmp_path / "data", "-m", "relay", "serve", RELAY_HOST="0.0.0.0")
+    assert status == 2
+    assert err.startswith("RELAY_HOST=0.0.0.0 can be reached from other machines, and RELAY_ALLOW_LOOPBACK_GPUS")
+    assert len(err.splitlines()) == 1
+
+
 async def httpx_get(url: str, key: str) -> httpx2.Response:
     async with httpx2.AsyncClient(trust_env=False, verify=False) as http:
         return await http.get(url, headers={"authorization": f"Bearer {key}"})
