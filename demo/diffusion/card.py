@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 25, 7.5  # as the gpu service has them by default
 
 CARD = """---
 license: apache-2.0
@@ -37,7 +37,11 @@ tensor names are the same, only smaller.
 **Licence.** The weights stand under Apache-2.0. The pictures of `sheet.png` stand under the font's licence.
 
 **Made by** `python -m demo.diffusion.make`: AdamW, a moving average of the weights, min-SNR weights, one thread. It
-goes on where it was stopped.
+goes on where it was stopped. The pieces of this tokenizer have another order than the script gives them now.
+
+**How good it is.** Of 80 names with 3 seeds each, drawn with {steps} steps and a guidance of {guidance}, all 240
+pictures are nearest to the training picture of their name (mean squared difference after a blur over 4 x 4 pixels);
+with 20 steps and a guidance of 4, 239. Fine detail is soft: 8 x 8 latents hold no more.
 
 **What it cannot do.** It knows {n} things, and draws each much as it has seen it: `red heart`, `cat face`,
 `green apple`. Words that it does not know are spelt in pieces and mean little to it.
@@ -78,6 +82,8 @@ def card(pipeline: Any, folder: Path, first: int, second: int) -> str:
         vocabulary=len(pipeline.tokenizer),
         size_mb=sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6,
         n=len(NAMES),
+        steps=STEPS,
+        guidance=GUIDANCE,
         first=first,
         second=second,
         names=", ".join(NAMES),

@@ -6,12 +6,13 @@ the same versions give the same weights; other hardware rounds differently.
 
 import argparse
 import copy
-import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -123,17 +124,39 @@ def new_pipeline() -> StableDiffusionPipeline:
 
 def new_tokenizer() -> CLIPTokenizer:
     """CLIP's, with a vocabulary of its own: every word of the captions is one token, and others are spelt."""
-    words = [f" {form.format(name)}" for form in FORMS for name in NAMES]
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        words, trainers.BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", show_progress=False, min_frequency=1)
-    )
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    pieces = [*sorted(letters), *(f"{letter}</w>" for letter in sorted(letters)), *("".join(pair) for pair in merges)]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = _merges(" ".join(form.format(name) for form in FORMS for name in NAMES).split())
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=merges, model_max_length=77)
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (arXiv:1508.07909) until each word is one piece.
+
+    Ties go by spelling: the library's own trainer lets chance decide, and a run that goes on must know its tokens again.
+    """
+    counts, merges = Counter(words), list[tuple[str, str]]()
+    spelt = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
+    while pairs := _pairs(spelt, counts):
+        first, second = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append((first, second))
+        for word, pieces in spelt.items():
+            at = 0
+            while at < len(pieces) - 1:
+                if (pieces[at], pieces[at + 1]) == (first, second):
+                    pieces[at : at + 2] = [first + second]
+                at += 1
+            spelt[word] = pieces
+    return merges
+
+
+def _pairs(spelt: dict[str, list[str]], counts: Counter[str]) -> Counter[tuple[str, str]]:
+    found = Counter[tuple[str, str]]()
+    for word, pieces in spelt.items():
+        for pair in pairwise(pieces):
+            found[pair] += counts[word]
+    return found
 
 
 # --- training --------------------------------------------------------------------------------------------------------

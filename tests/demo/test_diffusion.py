@@ -28,8 +28,6 @@ PROMPTS = list(NAMES)[::4]  # 20, "red heart", "green apple" and "cat face" amon
 SEEDS = (1, 2, 3)
 RECOGNISED = 40  # of 60
 
-shipped = pytest.mark.skipif(not (FOLDER / sd.INDEX).is_file(), reason="the demo Stable Diffusion is not trained yet")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -153,7 +151,6 @@ def pipeline() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32, local_files_only=True)
 
 
-@shipped
 def test_the_folder_is_a_stable_diffusion_of_at_most_16_mb_in_half_precision() -> None:
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= SHIPPED_BYTES
     assert not [file for file in FOLDER.rglob("*") if file.suffix in (".bin", ".pt", ".ckpt")]
@@ -163,7 +160,6 @@ def test_the_folder_is_a_stable_diffusion_of_at_most_16_mb_in_half_precision() -
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
 
 
-@shipped
 def test_the_gpu_service_opens_it() -> None:
     source = sd.open_folder(NAME, FOLDER, None)
     assert source.native == SIDE
@@ -173,20 +169,19 @@ def test_the_gpu_service_opens_it() -> None:
     assert source.scheduler["prediction_type"] == "epsilon"
 
 
-@shipped
-def test_its_tokenizer_is_the_one_that_the_captions_make() -> None:
+def test_its_tokenizer_knows_the_words_and_a_run_that_goes_on_knows_its_tokens_again() -> None:
     said = [FORMS[3].format(name) for name in NAMES]
-    assert pipeline().tokenizer(said)["input_ids"] == tokenizer()(said)["input_ids"]
+    read = pipeline().tokenizer(said)["input_ids"]
+    assert [len(ids) - 2 for ids in read] == [len(text.split()) for text in said]
+    assert make.new_tokenizer().get_vocab() == tokenizer().get_vocab()
 
 
-@shipped
 def test_the_latents_have_a_deviation_of_one() -> None:
     with torch.no_grad():
         latents = pipeline().vae.encode(pictures()).latent_dist.mean * pipeline().vae.config.scaling_factor
     assert float(latents.std()) == pytest.approx(1, abs=0.1)
 
 
-@shipped
 def test_the_autoencoder_gives_each_picture_back() -> None:
     with torch.no_grad():
         again = pipeline().vae.decode(pipeline().vae.encode(pictures()).latent_dist.mean).sample
@@ -194,7 +189,6 @@ def test_the_autoencoder_gives_each_picture_back() -> None:
     assert float((again - pictures()).abs().mean()) < 0.06  # of 2 from black to white
 
 
-@shipped
 def test_of_20_prompts_with_3_seeds_40_pictures_are_nearest_to_that_of_their_name() -> None:
     asked = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS]
     made = card.pictures(pipeline(), [prompt for prompt, _ in asked], [seed for _, seed in asked])
@@ -209,7 +203,6 @@ def _tensor(picture: Any) -> Tensor:
     return flat.view(picture.height, picture.width, 3).permute(2, 0, 1) / 127.5 - 1
 
 
-@shipped
 def test_the_card_and_the_notice_name_the_pictures_and_their_licence() -> None:
     notice = " ".join((ROOT / "NOTICE").read_text().split())
     told = (FOLDER / "README.md").read_text()
