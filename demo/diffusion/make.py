@@ -134,7 +134,7 @@ def new_tokenizer() -> CLIPTokenizer:
 def _merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding (arXiv:1508.07909) until each word is one piece.
 
-    Ties go by spelling: the library's own trainer lets chance decide, and a run that goes on must know its tokens again.
+    Ties go by spelling: the library's trainer lets chance decide, and a run that goes on must know its tokens again.
     """
     counts, merges = Counter(words), list[tuple[str, str]]()
     spelt = {word: [*word[:-1], f"{word[-1]}</w>"] for word in counts}
