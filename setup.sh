@@ -25,7 +25,7 @@ esac
 # What a stamp holds. Scripts in a virtual environment know its path, so a folder that was moved needs a new one.
 stamp() {
     pwd && cat setup.sh $base_files
-    [ "$1" = run ] || cat requirements-dev.txt
+    [ "$1" = run ] || cat requirements-dev.txt relay/requirements-celery.txt 2>/dev/null
 }
 finished() { stamp "$1" | cmp -s - ".venv/ready-$1" && [ ! -e .venv/changing ] && "$python" -c '' 2>/dev/null; }
 

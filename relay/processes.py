@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from relay.settings import BadSetting, Settings, environment, secret
+from relay.settings import BadSetting, Settings, check_safe, environment, secret
 
 FLOWER_USER, FLOWER_PREFIX = "admin", "pw-flower-"
 CELERY = (sys.executable, "-m", "celery", "--quiet", "-A", "relay.celery_app")
@@ -47,4 +47,5 @@ def flower(settings: Settings, port: int) -> NoReturn:
 def _run(settings: Settings, *command: str, **env: str) -> NoReturn:
     if not settings.broker_url:
         raise BadSetting("RELAY_BROKER_URL is not set: amqp://user:password@host/ names the RabbitMQ to listen to")
+    check_safe(settings)
     os.execve(sys.executable, [*CELERY, *command], environment() | env)  # noqa: S606

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,10 @@ def from_env(environ: Mapping[str, str] = os.environ) -> Settings:
 
 def check_safe(settings: Settings) -> None:
     """Before it listens. Raises BadSetting for what would open a door that nobody meant to open."""
+    if settings.broker_url and not find_spec("celery"):
+        raise BadSetting(
+            "RELAY_BROKER_URL is set and Celery is not installed: pip install -r relay/requirements-celery.txt"
+        )
     if not _is_loopback(settings.host):
         where = f"RELAY_HOST={settings.host} can be reached from other machines"
         if settings.allow_loopback_gpus:
