@@ -22,7 +22,7 @@ from torch import Tensor
 from gpu_service.kernels import TORCH, Arithmetic, Places
 
 SMALLEST_CLASS_TOKENS = 256
-READY_ROWS, READY_BYTES = 4, 64 * 2**20  # places that a class allocates ahead: the fewer of both, but one
+READY_ROWS, READY_BYTES = 4, 64 * 2**20  # places that a class allocates ahead: what is less of both, but one
 
 
 class Attention(Protocol):
@@ -148,7 +148,8 @@ class Reading:
 class _Class:
     """Rows of one size class: (S, G, capacity, Dh) for each layer, of which the first `len(members)` are in use.
 
-    A few places stand ready, so that rows come and go without copying: at most twice `_ready`.
+    A few places stand ready, so that rows come and go without copying: twice `_ready` at most, or READY_BYTES where
+    that is more. To give back less would cost copies, and small blocks that come and go leave holes in the heap.
     """
 
     def __init__(self, geometry: Geometry, capacity: int) -> None:
@@ -165,8 +166,16 @@ class _Class:
     @property
     def _ready(self) -> int:
         """1, 1, 2, 3, 4, 4 ... for short rows, and one where a row is large: they are memory that nobody asked for."""
-        few = min(READY_ROWS, READY_BYTES // self._geometry.row_bytes(self.capacity))
+        few = min(READY_ROWS, READY_BYTES // self._row_bytes)
         return max(1, min(len(self.members), few))
+
+    @property
+    def _idle(self) -> int:
+        return self.slots - len(self.members)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._geometry.row_bytes(self.capacity)
 
     def grow(self) -> None:
         self._resize(len(self.members) + self._ready)
@@ -196,7 +205,7 @@ class _Class:
             self.members[slot.index] = last
         if not self.members:
             self._resize(0)
-        elif self.slots - len(self.members) > 2 * self._ready:
+        elif self._idle > 2 * self._ready and self._idle * self._row_bytes > READY_BYTES:
             with contextlib.suppress(torch.OutOfMemoryError, MemoryError):  # to shrink takes memory first
                 self.grow()
 
