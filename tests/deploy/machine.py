@@ -94,11 +94,15 @@ class Machine:
     # --- asking it, by its certificate alone ---
 
     def until_certified(self) -> None:
-        """A reload of nginx takes a moment to reach all of its processes."""
+        """A reload takes a moment: for a while old workers of nginx accept connections beside the new."""
         deadline = time.monotonic() + 20
-        while self._served() != (self.etc / "tls/fullchain.pem").read_text():
+        while self._served() != (self.etc / "tls/fullchain.pem").read_text() or self._workers() > os.cpu_count():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def _workers(self) -> int:
+        pid = (self.root / "run/nginx.pid").read_text().strip()
+        return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
     def _served(self) -> str:
         return ssl.get_server_certificate((DOMAIN, self.https_port), timeout=10)
