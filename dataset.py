@@ -16,6 +16,7 @@ from typing import Any
 from datafile import SHOWN_CHARS, Passage, RowError, values
 
 SHOWN_ERRORS = 20
+SHOWN_OF_CODE = 3
 ROLES = ("system", "user", "assistant", "tool")
 # Who speaks in ShareGPT's rows, in our words.
 SPEAKERS = {
@@ -61,7 +62,7 @@ Row = Chat | Completion
 class Report:
     rows: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # errors by code
-    errors: list[RowError] = field(default_factory=list)  # the first SHOWN_ERRORS of them
+    errors: list[RowError] = field(default_factory=list)  # the first SHOWN_ERRORS, and the first few of each code
     kinds: Counter[str] = field(default_factory=Counter)  # of rows
     duplicates: int = 0
     duplicate_lines: list[int] = field(default_factory=list)  # the first SHOWN_ERRORS of them
@@ -70,7 +71,7 @@ class Report:
 
     def add(self, error: RowError) -> None:
         self.counts[error.code] += 1
-        if len(self.errors) < SHOWN_ERRORS:
+        if len(self.errors) < SHOWN_ERRORS or self.counts[error.code] <= SHOWN_OF_CODE:
             self.errors.append(error)
 
     @property
@@ -84,8 +85,10 @@ class Report:
         bad = self.counts.total()
         by_kind = ", ".join(f"{n} {code}" for code, n in self.counts.most_common())
         kinds = f" ({by_kind})" if len(self.counts) > 1 else ""
-        shown = "; ".join(f"line {e.line}: {e.message}" for e in self.errors[:5])
-        more = f"; and {bad - 5} more" if bad > 5 else ""
+        firsts = {e.code: e.line for e in reversed(self.errors)}.values()  # no kind goes unshown
+        picked = sorted(self.errors, key=lambda e: (e.line not in firsts, e.line))[: max(5, len(firsts))]
+        shown = "; ".join(f"line {e.line}: {e.message}" for e in sorted(picked, key=lambda e: e.line))
+        more = f"; and {bad - len(picked)} more" if bad > len(picked) else ""
         return f"{bad} of {self.rows + bad} lines can't be used{kinds}: {shown}{more}"
 
     def told(self) -> dict[str, Any]:

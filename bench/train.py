@@ -132,10 +132,16 @@ class Bench:
         print(
             f"{side} {extra or ''} {model.name} from layer {first_layer}: {result['steps']} steps in "
             f"{result['wall_s']:.1f} s ({result['cpu_s']:.1f} s of CPU), peak {result['rss_bytes'] / 1e6:.0f} MB, "
-            f"validation loss {result['loss']:.4f}; GEMM: {result['gemm']}; load {os.getloadavg()[0]:.1f}",
+            f"{said_before(result)}validation loss {result['loss']:.4f}; GEMM: {result['gemm']}; "
+            f"load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
         return result
+
+
+def said_before(result: dict[str, Any]) -> str:
+    """The time that a preview states, which only our side does."""
+    return f"{result['expected_s']:.1f} s were expected, " if result.get("expected_s") else ""
 
 
 def per_step(result: dict[str, Any]) -> float:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 import wire
+from gpu_service import costs, layers, models, prepare, train
 from gpu_service import decoder as decoders
 from gpu_service import device as devices
-from gpu_service import layers, models, prepare, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.prefix import Chosen, Shelf
 from gpu_service.rows import Rows
 from gpu_service.settings import Settings
+from gpu_service.worker import token_s
 
 
 def main() -> None:
@@ -54,6 +55,7 @@ def main() -> None:
     job = train.Job(source, selection, plan, store, None, 5)
     base = None if spec["streamed"] else models.read_base(source, device)
     decoder = decoders.build(source.family, source.config, device.torch)
+    expected_s = expected(job, base, decoder, device) if base else None
     wall, cpu = time.perf_counter(), time.process_time()
     trained = None
     prefix_s, most_held = 0.0, 0
@@ -78,6 +80,7 @@ def main() -> None:
         "wall_s": wall,
         "cpu_s": cpu,
         "prefix_s": prefix_s,
+        "expected_s": expected_s,
         "rss_bytes": peak,
         "steps": plan.total_steps,
         "weights_ratio": (most_held if spec["streamed"] else whole) / whole,
@@ -86,6 +89,16 @@ def main() -> None:
     base = base or models.read_base(source, device)
     rows = Rows(base.weights, full=trained.full, lora=[trained.lora])
     print(json.dumps(result | {"loss": validation(decoder, rows, checked, device)}))
+
+
+def expected(job: train.Job, base: models.Base, decoder: Any, device: devices.Device) -> float:
+    """Seconds, as a preview says it before."""
+    source, rows = job.source, Rows(base.weights)
+    speed = costs.forward_flops(source.tensors, tied=source.tied) / token_s(decoder, rows, device.torch)
+    flops = costs.training_flops(job.selection, source.tensors, tied=source.tied)
+    tokens = int(job.store.lengths.sum())
+    on_disk = costs.prefix_bytes(job.selection, source.shape, tokens, device.precision.dtype.itemsize)
+    return costs.training_time(flops, tokens, job.plan.n_epochs, speed, on_disk, job.plan.prefix_cache).seconds
 
 
 def held_bytes(source: models.Source) -> int:

@@ -28,6 +28,7 @@ from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
 from gpu_service.gate import Gate, Identity
 from gpu_service.metrics import CONTENT_TYPE
 from gpu_service.models import Models, Source
+from gpu_service.sd import PictureSource
 from gpu_service.text import Event, Finish, Piece, PromptTold
 from gpu_service.worker import AdapterFiles, Generation, Worker
 
@@ -120,19 +121,23 @@ class _Routes:
     def _model(self, m: wire.OfferedModel) -> dict[str, Any]:
         return {"object": "model", "created": 0, "owned_by": "base", **m.model_dump()}
 
-    async def model_layers(self, model: str, request: Request) -> Response:
+    async def model_layers(self, model: str, request: Request, component: str | None = None) -> Response:
         await self._p.gate.admit(request)
-        source, _ = await self._resolve(model)
+        source, _ = await self._resolve_either(model)
         told = {"model": source.id, "family": source.family, "tied": source.tied, "revision": source.revision}
-        return JSONResponse({**told, **layers.describe(source.tensors)})
+        return JSONResponse({**told, **layers.describe(source.tensors, component)})
 
     async def preview(self, request: Request) -> Response:
         """What a layer spec would train, and what that costs; nothing runs."""
         body = bodies.parse(bodies.PreviewBody, await self._p.gate.admit(request))
-        source, _ = await self._resolve(body.model)
+        source, _ = await self._resolve_either(body.model)
         # Off the event loop: a caller's regular expression may take its time.
         speed = self._p.worker.flops_per_s(source.id)
-        return JSONResponse(await self._off_loop(lambda: bodies.preview(source, body, self._p.device, speed)))
+        return JSONResponse(await self._off_loop(lambda: self._previewed(source, body, speed)))
+
+    def _previewed(self, source: Source | PictureSource, body: bodies.PreviewBody, speed: float | None) -> Any:
+        fits = isinstance(source, PictureSource) or self._p.models.fits(source.id, layers.quantize(body.specs))
+        return bodies.preview(source, body, self._p.device, speed, fits=fits)
 
     async def data_report(self, request: Request) -> Response:
         """What a model will see of some rows; nothing is kept."""
@@ -238,13 +243,18 @@ class _Routes:
         return JSONResponse(answer, headers=headers)
 
     async def _resolve(self, model: str) -> tuple[Source, Tuned | None]:
+        """A model of text. Raises NoSuchModel, naming those that exist, and OtherKind."""
+        source, tuned = await self._resolve_either(model)
+        return self._p.models.source(source.id), tuned
+
+    async def _resolve_either(self, model: str) -> tuple[Source | PictureSource, Tuned | None]:
         """Raises NoSuchModel, naming those that exist."""
         if model in self._p.models.ids():
-            return self._p.models.source(model), None
+            return self._p.models.either_source(model), None
         tuned = await self._p.tuned(model)
         if tuned is None:
             raise NoSuchModel(model, self._p.models.ids())
-        return self._p.models.source(tuned.base_model), tuned
+        return self._p.models.either_source(tuned.base_model), tuned
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._p.tokenizing, work)

@@ -53,11 +53,13 @@ def estimate(
     tokens: int,
     checkpointing: bool = False,
     moments_bytes_per_param: int = 8,
+    keeps_best: bool = False,
 ) -> Estimate:
     """What a micro-batch of `rows` x `tokens` needs.
 
-    Trained numbers and their gradients are fp32, 4 bytes each; AdamW's two moments are 8. Nothing is kept for the
-    backward pass below the lowest trained layer.
+    Trained numbers and their gradients are fp32, 4 bytes each; AdamW's two moments are 8. Early stop keeps the best
+    numbers so far besides, counted with the moments. Nothing is kept for the backward pass below the lowest trained
+    layer.
     """
     n = selection.n_trainable
     kept = [_kept_numbers(selection, shape, layer) for layer in range(selection.lowest_layer, selection.n_layers)]
@@ -78,7 +80,7 @@ def estimate(
     return Estimate(
         weights_bytes=base_weights_bytes,
         gradients_bytes=4 * n,
-        optimizer_bytes=moments_bytes_per_param * n,
+        optimizer_bytes=(moments_bytes_per_param + 4 * keeps_best) * n,
         activations_bytes=kept_bytes + logits + 2 * labelled + cast + max(adapted, default=0),
         adapter_bytes=4 * n,
     )
@@ -103,10 +105,73 @@ def _kept_numbers(selection: Selection, shape: Shape, layer: int) -> int:
     return numbers + sum(2 * t.tensor.shape[0] for t in selection.lora if t.dora and t.tensor.layer == layer)
 
 
-def checkpoint_bytes(selection: Selection, moments_bytes_per_param: int = 8) -> int:
-    """Of one: the trained numbers and the optimizer's moments in fp32, random states, names."""
+def picture_estimate(
+    selection: Selection,
+    tensors: Sequence[TensorInfo],
+    *,
+    side: int,
+    rows: int,
+    bytes_per_param: int,
+    moments_bytes_per_param: int = 8,
+) -> Estimate:
+    """What a micro-batch of `rows` pictures needs, whose latents are `side` x `side`.
+
+    The same for a Stable Diffusion: nothing is kept below the lowest trained block, for latents and texts that do not
+    change are computed once, before.
+    """
+    n = selection.n_trainable
+    trained = {t.name for t in selection.full} | {target.tensor.name for target in selection.lora}
+    unet, lowest = [t for t in tensors if t.component == "unet"], selection.lowest_layer
+    kept = sum(_kept_of_picture(t, side, trained, selection) for t in unet if t.layer is None or t.layer >= lowest)
+    cast = n * bytes_per_param if bytes_per_param < 4 else 0
+    return Estimate(
+        weights_bytes=bytes_per_param * sum(t.n_params for t in tensors),
+        gradients_bytes=4 * n,
+        optimizer_bytes=moments_bytes_per_param * n,
+        activations_bytes=rows * kept * bytes_per_param + cast,
+        adapter_bytes=4 * n,
+    )
+
+
+def _kept_of_picture(tensor: TensorInfo, side: int, trained: set[str], selection: Selection) -> int:
+    """Numbers that are kept for the backward pass around one weight of the UNet, for one picture.
+
+    Of a resnet's convolution: what enters its norm, what leaves it, and what enters the convolution. Of a transformer:
+    what enters each norm; queries, keys, values and what attention puts out; both halves of the gated MLP, the gate
+    once more, and what enters each matrix that is trained.
+    """
+    block, width = tensor.block, tensor.shape[1] if len(tensor.shape) > 1 else tensor.shape[0]
+    downs = sum(1 for name in selection.blocks if name.startswith("down."))
+    number = int(block.partition(".")[2] or 0) if block else 0
+    halved = number if block and block.startswith("down") else downs - 1 - number if block and block != "mid" else 0
+    places = (side >> (downs - 1 if block == "mid" else halved)) ** 2
+    if not tensor.name.endswith(".weight"):
+        return 0
+    of_input = width * places if tensor.name in trained else 0
+    match tensor.part:
+        case "conv.resnet":
+            return 0 if "shortcut" in tensor.name else 3 * width * places
+        case "conv.sample":
+            return width * places * (4 if block and block.startswith("up") else 1)
+        case "attn.proj":
+            return width * places * (2 if "proj_in" in tensor.name else 1)
+        case "norm.self" | "norm.mlp" | "norm.cross" | "norm.final":
+            return width * places * (2 if tensor.part == "norm.final" else 1)
+        case "attn.self.q":
+            return 3 * width * places + width * places + of_input
+        case "attn.cross.q":
+            return 2 * width * places + of_input
+        case "mlp.up":
+            return tensor.shape[0] * places * 3 // 2 + of_input
+        case "mlp.down":
+            return of_input
+    return 0
+
+
+def checkpoint_bytes(selection: Selection, moments_bytes_per_param: int = 8, *, keeps_best: bool = False) -> int:
+    """Of one: the trained numbers in fp32, the best of them where early stop keeps these, moments, random states."""
     tensors = len(selection.full) + 2 * len(selection.lora)
-    numbers = (4 + moments_bytes_per_param) * selection.n_trainable
+    numbers = (4 + moments_bytes_per_param + 4 * keeps_best) * selection.n_trainable
     return numbers + tensors * STATE_TENSOR_BYTES + STATE_OVERHEAD_BYTES
 
 

@@ -9,7 +9,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -283,6 +283,7 @@ class TokenStore:
         self._tokens = np.memmap(folder / "tokens", np.int32, "r")
         self._learn = np.memmap(folder / "learn", np.bool_, "r")
         self._offsets = np.fromfile(folder / "offsets", np.int64)
+        self.lengths: npt.NDArray[np.int64] = np.diff(self._offsets)  # tokens by row
 
     @classmethod
     def build(
@@ -319,13 +320,9 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens by row."""
-        return np.diff(self._offsets)
-
+    @cached_property
     def content(self) -> str:
-        """Hash of the rows' tokens; labels don't count."""
+        """Hash of the rows' tokens; labels don't count. It reads them all, once."""
         digest = hashlib.sha256(self._offsets.tobytes())
         for at in range(0, len(self._tokens), CONTENT_TOKENS):
             digest.update(self._tokens[at : at + CONTENT_TOKENS].tobytes())

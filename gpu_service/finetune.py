@@ -141,10 +141,12 @@ class FineTune:
                         if run.reason:  # nothing has been trained since the last checkpoint
                             raise GivenBack
                     case Chosen():
+                        reporter.begins(start.step if start else 0)
                         _say_chosen(reporter, item, plan, goes_on=start is not None)
                         plan = replace(plan, prefix_cache=item.cached)
                     case Ready():
                         plan = replace(plan, micro_rows=item.plan.micro_rows)
+                        reporter.begins(0)
                         _say_ready(reporter, item)
                     case train.State() if item.course.is_rising and not run.reason:
                         lease.skip()  # what is stored last must be worth going on from
@@ -223,7 +225,7 @@ class FineTune:
             reporter.say(note)
         reporter.say(
             f"{plan.total_steps} steps: {plan.n_epochs} epochs of {plan.steps_per_epoch}, {plan.batch_rows} rows each, "
-            f"peak learning rate {plan.learning_rate:g}, {plan.schedule}, {plan.optimizer}.",
+            f"peak learning rate {plan.learning_rate * plan.rate_factor:g}, {plan.schedule}, {plan.optimizer}.",
             data={"hyperparameters": plan.chosen().model_dump(), "total_steps": plan.total_steps},
         )
 
@@ -235,6 +237,7 @@ class FineTune:
             self._device.precision.dtype.itemsize,
             checkpointing=plan.activation_checkpointing,
             moments_bytes_per_param=plans.MOMENTS_BYTES[plan.optimizer],
+            keeps_best=plan.early_stop_patience > 0,
             streamed=plan.stream_layers,
         )
 

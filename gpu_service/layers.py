@@ -15,7 +15,7 @@ from typing import Any
 import regex  # type: ignore[import-untyped]
 
 from adapter import LoraMeta, lora_scale
-from gpu_service.errors import BadRequest, NoSuchLayer, NotYet, UnsupportedModel
+from gpu_service.errors import BadRequest, NoSuchLayer, UnsupportedModel
 from wire import LayerSpec, Quantize
 
 PARAM = "layers"
@@ -46,7 +46,11 @@ GPT2_LAYER_PARTS = {
 OUTER_PARTS = {"model.embed_tokens": "embed", "model.norm": "norm.final", "lm_head": "head"}
 GPT2_OUTER_PARTS = {"wte": "embed", "wpe": "embed.position", "ln_f": "norm.final", "lm_head": "head"}
 PARTS = ("embed", "embed.position", *LAYER_PARTS.values(), "norm.final", "head")
-OF_DIFFUSION = ("attn.self", "attn.cross", "conv", "time")
+LINEAR_PARTS = ("attn.", "mlp.", "head", "time.")  # whose matrices are applied as y = x @ W.T
+FIRST_PARTS = ("embed", "conv.in", "time.embed")  # that lie in no layer, and come before them
+GROUPS = ("attn", "mlp", "norm", "conv", "time", "embed", "head")
+COMPONENTS = ("unet", "text_encoder")  # of a Stable Diffusion; what a spec means that names none is first
+BLOCKS = re.compile(r"(down|mid|up)|(down|up)\.([0-9]{1,3})(?:-([0-9]{1,3}))?")
 IN_A_LAYER = re.compile(r"(?:model\.layers|h)\.([0-9]+)\.(.+)\.(weight|bias)")
 OUTSIDE = re.compile(r"(.+)\.(weight|bias)")
 
@@ -60,6 +64,8 @@ class TensorInfo:
     part: str
     layer: int | None
     linear: bool  # applied as y = x @ W.T, so lora can adapt it; W is (out, in)
+    component: str | None = None  # of a model that is more than one network
+    block: str | None = None  # the layer's name, where layers have names
 
     @property
     def n_params(self) -> int:
@@ -72,6 +78,11 @@ class TensorInfo:
 
     def belongs_to(self, part: str) -> bool:
         return self.part == part or self.part.startswith(f"{part}.")
+
+    @property
+    def is_first(self) -> bool:
+        """In no layer, and before them: whoever trains it has nothing frozen below."""
+        return self.layer is None and any(self.belongs_to(part) for part in FIRST_PARTS)
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Selection:
     n_layers: int  # of the model
     notes: tuple[str, ...]
     quantize: Quantize = "none"  # how the frozen base is held
+    blocks: tuple[str, ...] = ()  # names of the model's layers, where they have names
 
     @property
     def n_tensors(self) -> int:
@@ -123,7 +135,9 @@ class Selection:
     def lowest_layer(self) -> int:
         """Everything below it is frozen. `n_layers`: only the last norm or the head is trained."""
         tensors = [*self.full, *(target.tensor for target in self.lora)]
-        return min(0 if t.belongs_to("embed") else self.n_layers if t.layer is None else t.layer for t in tensors)
+        if any(t.is_first or t.component == "text_encoder" for t in tensors):  # the UNet reads what it puts out
+            return 0
+        return min(self.n_layers if t.layer is None else t.layer for t in tensors)
 
 
 def llama_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[TensorInfo]:
@@ -153,13 +167,13 @@ def _tensors(
             raise UnsupportedModel(
                 f"The checkpoint has a tensor '{name}', which no model of its family has.", param="model"
             )
-        linear = len(shape) == 2 and part.startswith(("attn.", "mlp.", "head"))
+        linear = len(shape) == 2 and part.startswith(LINEAR_PARTS)
         found.append(TensorInfo(name, tuple(shape), part, layer, linear))
     return sorted(found, key=_place)
 
 
 def _place(tensor: TensorInfo) -> tuple[float, int, bool]:
-    outside = -1.0 if tensor.belongs_to("embed") else float("inf")
+    outside = -1.0 if tensor.is_first else float("inf")
     return (outside if tensor.layer is None else tensor.layer, PARTS.index(tensor.part), tensor.name.endswith(".bias"))
 
 
@@ -167,17 +181,17 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
     """The tensors to train. `tied`: the head is the embedding.
 
     Raises NoSuchLayer, which says what exists, rather than train nothing; BadRequest for a spec that contradicts
-    itself or another one; NotYet for a part of the language that this version does not carry out.
+    itself or another one.
     """
     tensors = [t for t in tensors if not (tied and t.part == "head")]  # some checkpoints store a tied head twice
     deadline = time.monotonic() + MATCH_BUDGET_S
     full: dict[str, TensorInfo] = {}
     lora: dict[str, LoraTarget] = {}
     notes: list[str] = []
-    quantize = _quantize(specs)
+    quantized = quantize(specs)
     for spec in specs:
-        _refuse_unbuilt(spec)
-        for tensor in _chosen(tensors, spec, tied, deadline, notes):
+        _check(spec)
+        for tensor in _chosen(component(tensors, spec.component), spec, tied, deadline, notes):
             if tensor.name in full or tensor.name in lora:
                 raise BadRequest(f"'{tensor.name}' is selected by two specs: let each select its own.", param=PARAM)
             if spec.method != "full":
@@ -185,21 +199,22 @@ def select(tensors: Sequence[TensorInfo], specs: Sequence[LayerSpec], *, tied: b
                 alpha = spec.alpha or 2.0 * spec.rank
                 lora[tensor.name] = LoraTarget(tensor, spec.rank, alpha, spec.rslora, spec.method == "dora")
             else:
-                _refuse_packed(tensor, quantize)
+                _refuse_packed(tensor, quantized)
                 full[tensor.name] = tensor
     return Selection(
         full=tuple(full[t.name] for t in tensors if t.name in full),
         lora=tuple(lora[t.name] for t in tensors if t.name in lora),
         total_tensors=len(tensors),
         total_params=sum(t.n_params for t in tensors),
-        n_layers=_n_layers(tensors),
+        n_layers=_n_layers(component(tensors, None)),
+        blocks=_blocks(component(tensors, None)),
         notes=tuple(dict.fromkeys(notes)),
-        quantize=quantize,
+        quantize=quantized,
     )
 
 
-def _quantize(specs: Sequence[LayerSpec]) -> Quantize:
-    """There is one frozen base, so one answer; specs that say nothing agree."""
+def quantize(specs: Sequence[LayerSpec]) -> Quantize:
+    """How they have the base held: there is one, so one answer; specs that say nothing agree. Raises BadRequest."""
     asked = {spec.quantize for spec in specs} - {"none"}
     if len(asked) > 1:
         raise BadRequest("Specs ask for 8bit and for 4bit: a job has one frozen base, choose one.", param=PARAM)
@@ -214,15 +229,18 @@ def _refuse_packed(tensor: TensorInfo, quantize: Quantize) -> None:
         )
 
 
-def _refuse_unbuilt(spec: LayerSpec) -> None:
+def _check(spec: LayerSpec) -> None:
     if spec.method == "full" and spec.rslora:
         raise BadRequest("rslora scales lora and dora: leave it out with method full.", param=PARAM)
-    if spec.component is not None:
-        raise NotYet(
-            f"component '{spec.component}' belongs to Stable Diffusion, which is not trained yet: a text model has one "
-            "component, leave the field out.",
-            param=PARAM,
-        )
+
+
+def component(tensors: Sequence[TensorInfo], name: str | None) -> list[TensorInfo]:
+    """One network of the model; None: its first, or all there is. Raises NoSuchLayer, naming those that exist."""
+    known = [c for c in COMPONENTS if any(t.component == c for t in tensors)]
+    if name is not None and name not in known:
+        such = f"use {' or '.join(known)}" if known else "a text model is one network, leave the field out"
+        raise NoSuchLayer(f"This model has no component '{name}': {such}.", param=PARAM)
+    return [t for t in tensors if t.component == (name or (known[0] if known else None))]
 
 
 def _chosen(
@@ -268,8 +286,7 @@ def _check_part(tensors: Sequence[TensorInfo], part: str, method: str, tied: boo
             param=PARAM,
         )
     if not members:
-        why = ", which belongs to Stable Diffusion" if part in OF_DIFFUSION else ""
-        raise NoSuchLayer(f"This model has no part '{part}'{why}: {_what_exists(tensors)}", param=PARAM)
+        raise NoSuchLayer(f"This model has no part '{part}': {_what_exists(tensors)}", param=PARAM)
     if method != "full" and not any(t.linear for t in members):
         raise BadRequest(
             f"{method} adapts the matrices of attention, MLP and head, and '{part}' has none: use method full for it, "
@@ -279,26 +296,52 @@ def _check_part(tensors: Sequence[TensorInfo], part: str, method: str, tied: boo
 
 
 def parse_layers(tensors: Sequence[TensorInfo], text: str) -> frozenset[int]:
-    """`all`, `first:4`, `last:8`, `3`, `8-15,31`: the layers, from 0, both ends included. Raises NoSuchLayer."""
-    n_layers = _n_layers(tensors)
+    """`all`, `first:4`, `last:8`, `3`, `8-15,31`, or `mid,up.1-3`: the layers, from 0, both ends included.
+
+    Layers that have names go by these. Raises NoSuchLayer.
+    """
+    n_layers, blocks = _n_layers(tensors), _blocks(tensors)
     layers: set[int] = set()
     for item in (piece.strip() for piece in text.split(",")):
-        low, high = 0, n_layers - 1
-        if match := re.fullmatch(r"(first|last):(\d+)", item):
+        if item == "all":
+            layers.update(range(n_layers))
+        elif match := re.fullmatch(r"(first|last):(\d+)", item):
             count = int(match[2])
-            low, high = (0, count - 1) if match[1] == "first" else (n_layers - count, n_layers - 1)
-        elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", item):
-            low, high = int(match[1]), int(match[2] or match[1])
-        elif item != "all":
-            raise NoSuchLayer(
-                f"'{item}' is the name of a block, as Stable Diffusion has: {_what_exists(tensors)}", param=PARAM
-            )
-        if low > high:
-            raise NoSuchLayer(f"'{item}' names no layer: ranges go upwards.", param=PARAM)
-        if low < 0 or high >= n_layers:
-            raise NoSuchLayer(f"'{item}' goes beyond the model: {_what_exists(tensors)}", param=PARAM)
-        layers.update(range(low, high + 1))
+            layers.update(_range(tensors, item, *((0, count - 1) if match[1] == "first" else (n_layers - count, None))))
+        elif not blocks and (match := re.fullmatch(r"(\d+)(?:-(\d+))?", item)):
+            layers.update(_range(tensors, item, int(match[1]), int(match[2] or match[1])))
+        elif named := named_blocks(blocks, item):
+            layers.update(blocks.index(name) for name in named)
+        else:
+            kind = "block of this model" if blocks else "number of a layer"
+            raise NoSuchLayer(f"'{item}' is no {kind}: {_what_exists(tensors)}", param=PARAM)
     return frozenset(layers)
+
+
+def _range(tensors: Sequence[TensorInfo], item: str, low: int, high: int | None) -> range:
+    n_layers = _n_layers(tensors)
+    high = n_layers - 1 if high is None else high
+    if low > high:
+        raise NoSuchLayer(f"'{item}' names no layer: ranges go upwards.", param=PARAM)
+    if low < 0 or high >= n_layers:
+        raise NoSuchLayer(f"'{item}' goes beyond the model: {_what_exists(tensors)}", param=PARAM)
+    return range(low, high + 1)
+
+
+def named_blocks(known: Sequence[str], item: str) -> list[str]:
+    """`down`, `mid`, `up.1`, `up.1-3`: blocks of a UNet, in their order; empty where one of them is not known."""
+    named = BLOCKS.fullmatch(item)
+    if named is None:
+        return []
+    if named[1]:
+        return [b for b in known if b.partition(".")[0] == named[1]]
+    chosen = [f"{named[2]}.{n}" for n in range(int(named[3]), int(named[4] or named[3]) + 1)]
+    return chosen if set(chosen) <= set(known) else []
+
+
+def _blocks(tensors: Iterable[TensorInfo]) -> tuple[str, ...]:
+    """Names of the layers in their order; empty where they are numbered."""
+    return tuple(dict(sorted((t.layer, t.block) for t in tensors if t.layer is not None and t.block)).values())
 
 
 def _matching(tensors: Iterable[TensorInfo], pattern: str, deadline: float) -> list[TensorInfo]:
@@ -325,11 +368,18 @@ def _n_layers(tensors: Iterable[TensorInfo]) -> int:
 
 def _what_exists(tensors: Sequence[TensorInfo]) -> str:
     parts = []
-    for group in ("attn", "mlp", "norm", "embed", "head"):
-        if members := {t.part for t in tensors if t.belongs_to(group)}:
-            finer = [p for p in PARTS if p in members and p != group]
+    for group in GROUPS:
+        members = dict.fromkeys(t.part for t in tensors if t.belongs_to(group))
+        finer = [p for p in sorted(members, key=_part_place) if p != group]
+        if members:
             parts.append(f"{group} ({', '.join(finer)})" if finer else group)
-    return f"this model has layers 0-{_n_layers(tensors) - 1}; parts: {', '.join(parts)}."
+    blocks = _blocks(tensors)
+    layers = f"blocks {', '.join(blocks)}" if blocks else f"layers 0-{_n_layers(tensors) - 1}"
+    return f"this model has {layers}; parts: {', '.join(parts)}."
+
+
+def _part_place(part: str) -> tuple[int, str]:
+    return (PARTS.index(part) if part in PARTS else len(PARTS), part)
 
 
 def _echo(spec: LayerSpec) -> str:
@@ -337,8 +387,14 @@ def _echo(spec: LayerSpec) -> str:
     return f"{spec.method} of {', '.join(spec.parts)} in layers {spec.layers}{match}"
 
 
-def describe(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
-    """What GET /v1/models/{id}/layers answers: every tensor by layer, and those that lie in none."""
+def describe(tensors: Sequence[TensorInfo], name: str | None = None) -> dict[str, Any]:
+    """What GET /v1/models/{id}/layers answers: every tensor by layer, and those that lie in none.
+
+    Of a model that is more than one network: of the component that is named. Raises NoSuchLayer.
+    """
+    components = [c for c in COMPONENTS if any(t.component == c for t in tensors)]
+    tensors = component(tensors, name)
+    blocks = _blocks(tensors)
 
     def rows(layer: int | None) -> list[dict[str, Any]]:
         return [
@@ -350,8 +406,12 @@ def describe(tensors: Sequence[TensorInfo]) -> dict[str, Any]:
     n_layers = _n_layers(tensors)
     return {
         "object": "model.layers",
+        **({"component": name or components[0], "components": components} if components else {}),
         "n_layers": n_layers,
         "parts": dict(Counter(t.part for t in tensors)),
-        "layers": [{"layer": layer, "tensors": rows(layer)} for layer in range(n_layers)],
+        "layers": [
+            {"layer": layer, **({"block": blocks[layer]} if blocks else {}), "tensors": rows(layer)}
+            for layer in range(n_layers)
+        ],
         "outside": rows(None),
     }

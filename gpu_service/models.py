@@ -104,6 +104,7 @@ class Source:
         *,
         checkpointing: bool = False,
         moments_bytes_per_param: int = 8,
+        keeps_best: bool = False,
         streamed: bool = False,
     ) -> Estimate:
         """What training `selection` takes in memory, with micro-batches of `rows` x `tokens`."""
@@ -117,6 +118,7 @@ class Source:
             tokens=tokens,
             checkpointing=checkpointing,
             moments_bytes_per_param=moments_bytes_per_param,
+            keeps_best=keeps_best,
         )
 
 
@@ -172,7 +174,7 @@ class Models:
 
     def source(self, model: str) -> Source:
         """Raises NoSuchModel, naming those that exist, and OtherKind."""
-        found = self._found(model)
+        found = self.either_source(model)
         if isinstance(found, PictureSource):
             raise OtherKind(
                 f"'{model}' makes pictures: ask /v1/images/generations for one. Fine-tuning it is not built yet.",
@@ -182,15 +184,16 @@ class Models:
 
     def picture_source(self, model: str) -> PictureSource:
         """Raises NoSuchModel, naming those that exist, and OtherKind."""
-        found = self._found(model)
+        found = self.either_source(model)
         if isinstance(found, Source):
             raise OtherKind(f"'{model}' writes text: ask /v1/chat/completions or /v1/completions.", param="model")
         return found
 
     def makes_pictures(self, model: str) -> bool:
-        return isinstance(self._found(model), PictureSource)
+        return isinstance(self.either_source(model), PictureSource)
 
-    def _found(self, model: str) -> Source | PictureSource:
+    def either_source(self, model: str) -> Source | PictureSource:
+        """Raises NoSuchModel, naming those that exist."""
         if model not in self._all:
             raise NoSuchModel(model, self._all)
         return self._all[model]
@@ -209,7 +212,7 @@ class Models:
 
     def fits(self, model: str, quantize: wire.Quantize) -> bool:
         """Whether all of it is in memory, or could be."""
-        if model in self._loaded and quantize in ("none", self._device.precision.quantize):
+        if model in self._loaded and quantize == self._device.precision.quantize:
             return True
         needs = self.source(model).weights_bytes(quantize, self._device.precision.dtype.itemsize)
         return needs <= self._device.free_bytes()

@@ -55,6 +55,7 @@ class Plan:
     rate_factor: float = 1.0  # of a run that diverged and goes on
     prefix_cache: bool | None = None  # None: what is measured before the first step decides
     stream_layers: bool = False
+    prefix_rows: int = 0  # of one pass through the frozen layers: as micro_rows before the probe; 0: as they are
 
     @property
     def total_steps(self) -> int:
@@ -162,11 +163,13 @@ def resolve(
         train_on=train_on(wanted),
         samples_every_steps=(steps if samples else 0) if every == "auto" else every,
         prefix_cache=_prefix_cache(wanted, selection),
-        stream_layers=_stream_layers(wanted, selection, fits),
+        stream_layers=streams(wanted, selection, fits),
+        prefix_rows=micro,
     )
 
 
-def _stream_layers(wanted: wire.Hyperparameters, selection: Selection, fits: bool) -> bool:
+def streams(wanted: wire.Hyperparameters, selection: Selection, fits: bool) -> bool:
+    """Whether the frozen layers stay out of memory. `fits`: the whole model is in it, or could be."""
     if wanted.stream_layers == "auto":
         return not fits and selection.lowest_layer > 0 and wanted.prefix_cache is not False
     if wanted.stream_layers and selection.lowest_layer == 0:

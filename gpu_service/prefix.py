@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +67,13 @@ class Wanted:
     quantize: wire.Quantize
     device: Device
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Rounding follows from the batches and from what multiplies, so these are part of it."""
         device = self.device
         kernels = torch.backends.cpu.get_cpu_capability() if device.torch.type == "cpu" else device.name
         told = [FORMAT, self.source.revision, self.source.family, device.precision.name, self.quantize, self.cut]
-        told += [self.store.content(), self.batch_tokens, device.torch.type, kernels, torch.__version__]
+        told += [self.store.content, self.batch_tokens, device.torch.type, kernels, torch.__version__]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     @property
@@ -83,6 +84,7 @@ class Wanted:
     def n_bytes(self) -> int:
         return int(self.store.lengths.sum()) * self.token_bytes
 
+    @cached_property
     def batches(self) -> list[list[int]]:
         """Rows of like length together, so that little is padding; the same for the same data, always."""
         lengths = self.store.lengths
@@ -104,7 +106,7 @@ class Prefix:
         self._width = int(wanted.source.config.hidden_size)
         self._lengths = wanted.store.lengths
         self._starts = np.zeros(len(wanted.store), np.int64)
-        order = [row for batch in wanted.batches() for row in batch]
+        order = [row for batch in wanted.batches for row in batch]
         self._starts[order] = np.cumsum(self._lengths[order]) - self._lengths[order]
         # numpy knows no bf16: what is mapped are words of the same size.
         words = {4: np.int32, 2: np.int16}[self._dtype.itemsize]
@@ -194,7 +196,7 @@ class Shelf:
             return Prefix(folder / STATES, wanted)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        batches, digests = wanted.batches(), []
+        batches, digests = wanted.batches, []
         of, done = int(wanted.store.lengths.sum()), 0
         with atomic_file(folder / STATES) as file:
             for group in _groups(batches, wanted, group_bytes):
@@ -214,7 +216,7 @@ def _sound(folder: Path, wanted: Wanted) -> Generator[Working, None, bool]:
     """Whether what lies there is all of what it should be, by the hash of every batch."""
     try:
         told = json.loads((folder / DESCRIPTION).read_bytes())
-        sizes = [int(wanted.store.lengths[rows].sum()) * wanted.token_bytes for rows in wanted.batches()]
+        sizes = [int(wanted.store.lengths[rows].sum()) * wanted.token_bytes for rows in wanted.batches]
         if told["key"] != wanted.key or len(told["batches"]) != len(sizes):
             return False
         if (folder / STATES).stat().st_size != sum(sizes):
@@ -296,7 +298,7 @@ class Costs:
 
 
 def measure(shelf: Shelf, wanted: Wanted, decoder: Decoder, stages: Stages) -> Generator[Working, None, Costs]:
-    batch = wanted.batches()[0]
+    batch = wanted.batches[0]
     began = time.perf_counter()
     hidden = yield from compute([batch], wanted, decoder, stages)
     lengths = [int(wanted.store.lengths[r]) for r in batch]

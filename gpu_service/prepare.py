@@ -51,7 +51,7 @@ def steps(
 
 def data_sets(job: train.Job, device: Device) -> list[Wanted]:
     """For the training data, and for the validation data where there is some."""
-    cut, tokens = job.selection.lowest_layer, job.plan.micro_rows * job.store.report.longest
+    cut, tokens = job.selection.lowest_layer, (job.plan.prefix_rows or job.plan.micro_rows) * job.store.report.longest
     stores = [job.store, *([job.validation] if job.validation else [])]
     return [Wanted(job.source, store, cut, tokens, job.selection.quantize, device) for store in stores]
 
@@ -63,15 +63,15 @@ def _beside(
     stages = prefix.resident(Rows(base.weights, quantized=base.quantized, dropout=True), job.selection.lowest_layer)
     if _begins_below(job):
         chosen = Chosen(False, "the tuned model that it begins at changes the frozen layers")
-    else:
-        chosen = yield from prefix.choose(shelf, sets, plan.n_epochs, plan.prefix_cache, decoder, stages)
+        yield chosen
+        return Prefixes()
     found = []
-    if chosen.cached:
-        try:
-            for each in sets:
-                found.append((yield from shelf.prepare(each, decoder, stages)))
-        except OSError as exc:
-            chosen, found = Chosen(False, f"the disk refuses: {exc.strerror or exc}"), []
+    try:
+        chosen = yield from prefix.choose(shelf, sets, plan.n_epochs, plan.prefix_cache, decoder, stages)
+        for each in sets if chosen.cached else []:
+            found.append((yield from shelf.prepare(each, decoder, stages)))
+    except OSError as exc:
+        chosen, found = Chosen(False, f"the disk refuses: {exc.strerror or exc}"), []
     yield chosen
     return Prefixes(*found)
 

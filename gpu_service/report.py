@@ -191,7 +191,7 @@ def _steps(report: Mapping[str, Any]) -> str:
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
     if not answers:
-        return "<p>None: the job had neither sample_prompts nor a validation file.</p>"
+        return "<p>None: the job had neither sample_prompts nor a validation file, or its layers were streamed.</p>"
     columns = {"prompt": ("Prompt", "질문"), "before": ("Before", "전"), "after": ("After", "후")}
     head = "".join(f'<th>{english} <small lang="ko">{korean}</small></th>' for english, korean in columns.values())
     cells = ("".join(f"<td><pre>{_text(row[key] or '')}</pre></td>" for key in columns) for row in answers)

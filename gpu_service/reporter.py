@@ -77,11 +77,14 @@ class Reporter:
     def say(self, message: str, *, level: Literal["info", "warn"] = "info", data: dict[str, Any] | None = None) -> None:
         self._add(message, "message", level, data or {})
 
+    def begins(self, step: int) -> None:
+        """The next steps are those whose pace says when the job will be done."""
+        self._first = (step, time.monotonic())
+
     def metrics(self, item: train.Progress, plan: Plan, prompts: Sequence[Prompt], elapsed_s: float) -> None:
         """Of a step, a validation or answers. `elapsed_s`: spent on training so far, wherever."""
         at = time.monotonic()
-        if self._first is None:
-            self._first = (item.step - (item.train_loss is not None), at)
+        self._first = self._first or (item.step, at)
         first_step, began = self._first
         left_s = (at - began) / max(1, item.step - first_step) * (plan.total_steps - item.step)
         data: dict[str, Any] = {

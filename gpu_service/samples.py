@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,21 +53,35 @@ def prompts(source: Source, texts: Sequence[str], training: File, validation: Fi
         if len(found) == HELD_OUT:
             break
         if isinstance(row, dataset.Completion):
-            found.append(_prompt(source, row.prompt, row.prompt, row.completion))
+            asked, answer = (row.prompt, row.completion) if row.prompt else _halves(row.completion)
+            found.append(_prompt(source, asked, asked, answer))
         elif isinstance(row, dataset.Chat) and row.messages[-1]["role"] == "assistant" and len(row.messages) > 1:
-            asked = list(row.messages[:-1])
+            turns = list(row.messages[:-1])
             try:
-                found.append(_prompt(source, asked, asked[-1]["content"], row.messages[-1]["content"]))
+                found.append(_prompt(source, turns, turns[-1]["content"], row.messages[-1]["content"], row.tools))
             except BadRequest:  # a template that refuses the beginning of a chat
                 continue
     return found
 
 
-def _prompt(source: Source, asked: str | list[dict[str, str]], text: str, reference: str | None = None) -> Prompt:
+def _halves(passage: str) -> tuple[str, str]:
+    """Plain text asks nothing: its second half is what it goes on with after its first, cut between words."""
+    middle = len(passage) // 2
+    cut = passage.find(" ", middle) if " " in passage[middle:] else middle
+    return passage[:cut], passage[cut:]
+
+
+def _prompt(
+    source: Source,
+    asked: str | list[dict[str, str]],
+    text: str,
+    reference: str | None = None,
+    tools: list[Any] | None = None,
+) -> Prompt:
     if isinstance(asked, str):
         ids = encode(source.tokenizer, asked, special=True, param="sample_prompts")
     else:
-        rendered = render_chat(source.tokenizer, asked, add_generation_prompt=True)
+        rendered = render_chat(source.tokenizer, asked, add_generation_prompt=True, tools=tools)
         ids = encode(source.tokenizer, rendered, special=False, param="sample_prompts")
     most = source.context_tokens - _answer_tokens(source)
     return Prompt(text, tuple(ids[-most:]), reference)

@@ -6,7 +6,6 @@ folder is opened, for it takes seconds. Knows nothing of requests.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import wire
 from gpu_service import unet
+from gpu_service.costs import Estimate, picture_estimate
 from gpu_service.device import Device
 from gpu_service.errors import ModelUnreadable, OutOfMemory, UnsupportedModel
+from gpu_service.layers import Selection, TensorInfo
+from gpu_service.sd_tensors import sd_tensors
 
 INDEX = "model_index.json"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
@@ -54,7 +56,7 @@ class PictureSource:
     blocks: tuple[str, ...]  # of the UNet
     factor: int  # pixels along a side, for one latent
     native: int  # the side, in pixels, of the pictures it was trained on
-    n_params: int
+    tensors: tuple[TensorInfo, ...]
 
     family: wire.Family = "sd"
 
@@ -66,9 +68,18 @@ class PictureSource:
     def context_tokens(self) -> int:
         return int(self.tokenizer.model_max_length)
 
+    @property
+    def tied(self) -> bool:
+        return False
+
+    def cost(self, selection: Selection, rows: int, bytes_per_param: int) -> Estimate:
+        """What training `selection` takes in memory, with micro-batches of `rows` pictures of the native size."""
+        side = self.native // self.factor
+        return picture_estimate(selection, self.tensors, side=side, rows=rows, bytes_per_param=bytes_per_param)
+
     def weights_bytes(self, quantize: wire.Quantize, bytes_per_param: int) -> int:
         """In memory. It is not quantised."""
-        return self.n_params * bytes_per_param
+        return bytes_per_param * sum(t.n_params for t in self.tensors)
 
     def new_scheduler(self, name: str | None) -> Any:
         """One a picture: they keep state. None: the model's own."""
@@ -112,6 +123,7 @@ def open_folder(id: str, folder: Path, revision: str | None) -> PictureSource:
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     _check(config, vae, scheduler)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    blocks = unet.blocks(config)
     side = config["sample_size"]
     return PictureSource(
         id=id,
@@ -119,10 +131,10 @@ def open_folder(id: str, folder: Path, revision: str | None) -> PictureSource:
         revision=revision or _fingerprint(folder),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         scheduler=scheduler,
-        blocks=unet.blocks(config),
+        blocks=blocks,
         factor=factor,
         native=factor * (side if isinstance(side, int) else max(side)),
-        n_params=sum(_n_params(_file(folder, part)) for part in COVERED),
+        tensors=tuple(sd_tensors({part: _shapes(_file(folder, part)) for part in COVERED}, blocks)),
     )
 
 
@@ -185,9 +197,9 @@ def _file(folder: Path, part: str) -> Path:
     return file
 
 
-def _n_params(file: Path) -> int:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(file, framework="pt") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _fingerprint(folder: Path) -> str:

@@ -28,7 +28,7 @@ from gpu_service.app import Parts, Tuned, create_app
 from gpu_service.artifacts import BlobCache, atomic_file
 from gpu_service.device import Device
 from gpu_service.dialout import DialOut
-from gpu_service.errors import GpuError, RelayUnavailable
+from gpu_service.errors import GpuError, OutOfMemory, RelayUnavailable
 from gpu_service.gate import Gate
 from gpu_service.hub import Download
 from gpu_service.job import Jobs
@@ -155,6 +155,10 @@ class Service:
             for model in models.ids():
                 try:
                     await worker.load(model)
+                except OutOfMemory as exc:  # its upper layers can be trained all the same, streamed
+                    if models.makes_pictures(model):
+                        raise BadSetting(f"GPU_MODELS names '{model}': {exc.message}") from exc
+                    log.warning("%s Until there is room it only trains, with streamed layers.", exc.message)
                 except GpuError as exc:
                     raise BadSetting(f"GPU_MODELS names '{model}': {exc.message}") from exc
             identity = link.identity if link else lambda: None

@@ -36,6 +36,8 @@ from gpu_service.probe import Ready, fit
 from gpu_service.rows import Rows
 from gpu_service.samples import Prompt, answers
 
+LEFT_OUT = 30  # steps in a row whose gradient overflows: the scaler halves 30 times, and then it is not the scale
+
 
 class Diverged(BadRequest):
     code = "training_diverged"
@@ -126,6 +128,7 @@ def run(
     best = {name: p.detach().clone() for name, p in named.items()} if plan.early_stop_patience else {}
     course = Course()
     order: list[int] = []
+    left_out = 0  # steps in a row whose gradient was no number
 
     def loss_of(data: TokenStore, micro: Sequence[int], known: Prefix | None) -> tuple[Tensor, Batch]:
         batch, below = data.batch(micro, pad_id=0), known.hidden(micro) if known else None
@@ -135,10 +138,11 @@ def run(
         again = plan.activation_checkpointing
         return summed_loss(decoder, rows, batch, lowest, device, below=below, checkpointing=again), batch
 
-    def state() -> State:
+    def state(earlier: tuple[Course, dict[str, Tensor]] | None = None) -> State:
         began = time.perf_counter()
-        tensors = _captured(named, best, optimizer)
-        return State(course.copy(), scaler.state_dict(), tensors, time.perf_counter() - began)
+        at, random = earlier or (course.copy(), _random())
+        tensors = _captured(named, best, optimizer) | random
+        return State(at, scaler.state_dict(), tensors, time.perf_counter() - began)
 
     def sampled() -> Generator[Progress | State, None, None]:
         found = answers(decoder, rows, job.prompts, job.source, geometry)
@@ -221,6 +225,7 @@ def run(
         micros = _cut(order[index_in_epoch * plan.batch_rows :][: plan.batch_rows], plan.micro_rows)
         # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
         learned = store.learned([row for micro in micros for row in micro])
+        beginning = course.copy(), _random()  # what a state in mid-step goes back to: no weight has changed yet
         total_loss = 0.0
         for index, micro in enumerate(micros):
             loss, batch = loss_of(store, micro, prefix.training)
@@ -230,12 +235,15 @@ def run(
             course.tokens += int(batch.lengths.sum())
             if index + 1 < len(micros):
                 yield Progress(step, course.tokens)
+                if wanted():
+                    yield state(beginning)
         if not math.isfinite(total_loss):
             raise _diverged(f"The loss is {total_loss}", step + 1, plan)
         optimizer.set_rate(plan.rate(step))
         scaler.unscale_(optimizer.torch)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, plan.max_gradient_norm or math.inf))
-        if not math.isfinite(norm) and not device.precision.scaler:  # with one, such a step is left out
+        left_out = 0 if math.isfinite(norm) else left_out + 1
+        if left_out > (LEFT_OUT if device.precision.scaler else 0):  # with a scaler such a step is left out
             raise _diverged(f"The gradient's norm is {norm}", step + 1, plan)
         scaler.step(optimizer.torch)
         scaler.update()
@@ -280,11 +288,16 @@ def state_specs(selection: Selection, plan: Plan) -> dict[str, optimizers.Spec]:
     return weights | optimizers.specs(plan, shapes)
 
 
-def _captured(named: dict[str, Tensor], best: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies on the CPU."""
+def _random() -> dict[str, Tensor]:
     tensors = {CPU_RANDOM: torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors[CUDA_RANDOM] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _captured(named: dict[str, Tensor], best: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    tensors: dict[str, Tensor] = {}
     for kind, held in ((WEIGHT, named), (BEST, best)):
         tensors |= {f"{kind}.{n}": t.detach().to("cpu", copy=True).contiguous() for n, t in held.items()}
     return tensors | optimizer.captured()

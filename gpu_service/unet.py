@@ -6,7 +6,6 @@ epsilon multiplied. Without dials there is no hook, and the pass is diffusers' o
 """
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gpu_service.errors import NoSuchLayer
+from gpu_service.layers import named_blocks
 
 Part = Literal["attn.self", "attn.cross", "mlp", "eps"]
-RANGE = re.compile(r"(all|down|mid|up)|(down|up)\.([0-9]{1,3})(?:-([0-9]{1,3}))?")
 OUTER = ""  # what belongs to no block: the first and last convolution and the last norm
 
 
@@ -42,14 +41,8 @@ def parse_blocks(known: Sequence[str], text: str) -> list[str]:
     """`all`, `down`, `up.1-3`, `down.0,mid`. Raises NoSuchLayer, naming what exists."""
     found: list[str] = []
     for item in (item.strip() for item in text.split(",")):
-        named = RANGE.fullmatch(item)
-        chosen: list[str] = []
-        if named and named[1]:
-            chosen = [b for b in known if named[1] == "all" or b.partition(".")[0] == named[1]]
-        elif named:
-            first, last = int(named[3]), int(named[4] or named[3])
-            chosen = [f"{named[2]}.{n}" for n in range(first, last + 1)]
-        if not chosen or not set(chosen) <= set(known):
+        chosen = list(known) if item == "all" else named_blocks(known, item)
+        if not chosen:
             raise NoSuchLayer(f"'{item[:50]}' is no block of this model: use all, {', '.join(known)}.", param="dials")
         found += [b for b in chosen if b not in found]
     return found

@@ -450,22 +450,10 @@ class Worker:
                 joined,
             )
             self._served[source.id] = served
-            self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / self._token_s(served)
+            self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / token_s(
+                served.decoder, Rows(served.weights, quantized=served.quantized), self._device.torch
+            )
         return self._served[source.id]
-
-    @torch.inference_mode()
-    def _token_s(self, served: Served) -> float:
-        """Seconds that a token takes in a short prompt; of two passes the second counts."""
-        ids = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=self._device.torch)
-        rows, seconds = Rows(served.weights, quantized=served.quantized), 0.0
-        for _ in range(2):
-            start = time.perf_counter()
-            attention = Whole(PROBE_TOKENS, self._device.torch)
-            h = served.decoder.embed(ids, rows, attention)
-            h = served.decoder.layers(h, 0, served.decoder.n_layers, rows, attention)
-            served.decoder.unembed(served.decoder.final_norm(h, rows), rows).sum().item()  # waits for the device
-            seconds = time.perf_counter() - start
-        return seconds / PROBE_TOKENS
 
     def _adapter(self, wanted: AdapterFiles, base: Base) -> Adapter:
         """On the device, in the base's precision; the least recently used leave when the budget is spent."""
@@ -492,3 +480,16 @@ def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
+
+
+@torch.inference_mode()
+def token_s(decoder: Decoder, rows: Rows, device: torch.device) -> float:
+    """Seconds that a token takes in a short prompt; of two passes the second counts."""
+    ids, seconds = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=device), 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        attention = Whole(PROBE_TOKENS, device)
+        h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
+        decoder.unembed(decoder.final_norm(h, rows), rows).sum().item()  # waits for the device
+        seconds = time.perf_counter() - start
+    return seconds / PROBE_TOKENS

@@ -42,6 +42,7 @@ REPORT_CSP = (
 )
 
 Limit = Annotated[int, Query(ge=1, le=100)]
+Component = Annotated[str, Query(min_length=1, max_length=50)]
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,12 @@ def _models(routes: APIRouter, api: OpenAIApi) -> None:
         return JSONResponse({"object": "list", "data": data, "has_more": False})
 
     @routes.get("/models/{model_id:path}/layers")
-    async def layers(model_id: str, request: Request) -> Response:
-        """What can be trained in this model. A tuned model has the layers of its base."""
+    async def layers(model_id: str, request: Request, component: Component | None = None) -> Response:
+        """What can be trained in this model, or in one of its networks. A tuned model has the layers of its base."""
         user = await api.user(request)
         model = await api.models.resolve(user.id, model_id)
-        return await api.forward(request, user, model.base, f"/v1/models/{quote(model.base, safe='/')}/layers")
+        query = f"?component={quote(component)}" if component else ""
+        return await api.forward(request, user, model.base, f"/v1/models/{quote(model.base, safe='/')}/layers{query}")
 
     @routes.get("/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> JSONResponse:
@@ -247,6 +249,12 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         body = parse_object(await read_body(request, api.settings.max_body_bytes))
         asked = parse(shapes.JobRequest, body)
         model = await api.models.resolve(user.id, asked.model)
+        if model.family == "sd":
+            raise errors.InvalidRequest(
+                f"'{model.base}' makes pictures, and such models are not trained yet: name a model of text.",
+                param="model",
+                code="not_supported_yet",
+            )
         training = await api.files.get(user.id, asked.training_file, param="training_file")
         validation = (
             await api.files.get(user.id, asked.validation_file, param="validation_file")

@@ -74,7 +74,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["models", "artifacts", "sampling", "detokenizer"],
         ["sd"],
         ["quantize", "lora", "kernels", "hub", "unet"],
-        ["device", "costs", "layers", "metrics", "scheduler"],
+        ["device", "costs", "sd_tensors", "layers", "metrics", "scheduler"],
         ["settings", "errors"],
     ],
 }

@@ -137,6 +137,34 @@ def test_a_job_is_cancelled_after_a_question(chromium: Browser, stack: Stack, pi
         visit.look(pictures / "job-cancelled.png")
 
 
+def test_layers_written_as_json_are_kept_when_a_job_is_tried_again(
+    chromium: Browser, stack: Stack, pictures: Path
+) -> None:
+    http = stack.relay.http()
+    file = http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", json.dumps(ROW))}).json()
+    specs = [
+        {"method": "lora", "parts": ["attn.q"], "layers": "last:4", "rank": 4},
+        {"method": "full", "parts": ["norm"], "layers": "last:4"},
+    ]
+    asked = {"model": stack.model, "training_file": file["id"], "layers": specs}
+    job = http.post("/v1/fine_tuning/jobs", json=asked).json()
+    http.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+    with visiting(chromium, stack.relay) as visit:
+        page = visit.page
+        visit.sign_in()
+        visit.go(f"/training/{job['id']}")
+        visit.button("Train again with changes").click()
+        written = page.get_by_label("Layer specs")
+        expect(written).to_have_value(re.compile(r"attn\.q"))
+        expect(page.get_by_text("12 of 272 tensors")).to_be_visible()
+        visit.look(pictures / "training-json.png")
+        written.fill("{")
+        expect(page.get_by_text("This is no JSON object")).to_be_visible()
+        expect(visit.button("Start training")).to_be_disabled()
+        written.fill("")
+        expect(page.get_by_role("button", name="Last 8", exact=True)).to_be_visible()
+
+
 def test_a_job_is_paused_keeps_its_checkpoint_and_goes_on(chromium: Browser, stack: Stack, pictures: Path) -> None:
     http = stack.relay.http()
     upload = {"file": ("rows.jsonl", "\n".join([json.dumps(ROW)] * 200).encode())}

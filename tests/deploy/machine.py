@@ -96,7 +96,7 @@ class Machine:
     def until_certified(self) -> None:
         """A reload takes a moment: for a while old workers of nginx accept connections beside the new."""
         deadline = time.monotonic() + 20
-        while self._served() != (self.etc / "tls/fullchain.pem").read_text() or self._workers() > os.cpu_count():
+        while self._served() != (self.etc / "tls/fullchain.pem").read_text() or self._workers() > (os.cpu_count() or 1):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 

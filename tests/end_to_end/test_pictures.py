@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -39,3 +40,18 @@ def test_pictures_are_drawn_and_streamed_through_the_relay(tmp_path: Path) -> No
             assert picture.size == (tiny_sd.SIDE, tiny_sd.SIDE)
             with pytest.raises(openai.BadRequestError, match="pictures"):
                 client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "hello"}])
+            _is_described_and_not_trained(client)
+
+
+def _is_described_and_not_trained(client: openai.OpenAI) -> None:
+    told = client.get(f"/models/{NAME}/layers?component=text_encoder", cast_to=dict[str, Any])
+    assert told["component"] == "text_encoder"
+    assert told["n_layers"] == 2
+    spec = {"method": "full", "parts": ["attn.cross"], "layers": "down.0,up"}
+    asked = {"model": NAME, "layers": spec}
+    preview = client.post("/layers/preview", body=asked, cast_to=dict[str, Any])
+    assert {t["block"] for t in preview["tensors"]} == {"down.0", "up.1"}
+    assert f"of {preview['total_tensors']} tensors" in preview["summary"]
+    assert any("not trained yet" in note for note in preview["notes"])
+    with pytest.raises(openai.BadRequestError, match="not trained yet"):
+        client.fine_tuning.jobs.create(model=NAME, training_file="file-none")

@@ -308,7 +308,7 @@ async def test_a_preview_with_a_data_set_tells_the_time_and_the_pause_for_chat(g
     [
         ({"layers": "9"}, "no_such_layer", "layers 0-3"),
         ({"parts": ["brain"]}, "no_such_layer", "attn"),
-        ({"component": "unet"}, "not_supported_yet", "unet"),
+        ({"component": "unet"}, "no_such_layer", "unet"),
         ({"quantize": "4bit", "method": "full"}, "invalid_value", "held in 4bit"),
         ({"method": "magic"}, "invalid_value", "method"),
         ([], "invalid_value", "layers"),

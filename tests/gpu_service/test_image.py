@@ -282,12 +282,18 @@ async def test_a_model_of_pictures_answers_no_chat(gpu: Gpu) -> None:
     messages = [{"role": "user", "content": "hello"}]
     for path, body in (
         ("/v1/chat/completions", {"messages": messages}),
-        ("/v1/layers/preview", {"layers": {"parts": ["attn"]}}),
+        ("/v1/completions", {"prompt": "hello"}),
     ):
         answer = await gpu.http.post(path, json={"model": NAME, **body})
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "wrong_kind_of_model")
     listed = (await gpu.http.get("/v1/models")).json()["data"]
     assert {each["id"]: each["family"] for each in listed} == {TINY: "llama", NAME: "sd"}
+    preview = (await gpu.http.post("/v1/layers/preview", json={"model": NAME, "layers": {"parts": ["attn"]}})).json()
+    assert preview["batch"] == {"rows": 1, "width": SIDE, "height": SIDE}
+    assert any("not trained yet" in note for note in preview["notes"])
+    packed = {"model": NAME, "layers": {"parts": ["attn"], "quantize": "8bit"}}
+    refused = await gpu.http.post("/v1/layers/preview", json=packed)
+    assert refused.json()["error"]["code"] == "not_supported_yet"
 
 
 # --- prompts and pictures that come in -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from gpu_service import layers
 from gpu_service.costs import Estimate, Shape, estimate, summary, weights_bytes
-from gpu_service.errors import BadRequest, GpuError, NoSuchLayer, NotYet, UnsupportedModel
+from gpu_service.errors import BadRequest, GpuError, NoSuchLayer, UnsupportedModel
 from gpu_service.layers import TensorInfo, llama_tensors, select
 from wire import LAYERS_PATTERN, LayerSpec
 
@@ -127,7 +127,7 @@ def test_ranges_are_inclusive_and_a_list_is_their_union(data: st.DataObject) -> 
 @given(
     st.lists(st.from_regex(LAYERS_PATTERN, fullmatch=True), min_size=1, max_size=3).map(",".join),
     st.sampled_from(["full", "lora", "dora"]),
-    st.sampled_from([*layers.PARTS, *layers.OF_DIFFUSION, "attn", "mlp", "norm", "x"]),
+    st.sampled_from([*layers.PARTS, "attn.self", "conv", "time", "attn", "mlp", "norm", "x"]),
 )
 def test_whatever_the_grammar_allows_selects_tensors_of_the_part_or_is_refused(
     text: str, method: Any, part: str
@@ -164,8 +164,8 @@ def test_an_empty_range_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["mid", "up.1-3", "3,down.0"])
-def test_block_names_are_said_to_belong_to_stable_diffusion(text: str) -> None:
-    assert "Stable Diffusion" in refusal(NoSuchLayer, {"layers": text})
+def test_block_names_are_no_layers_of_a_text_model(text: str) -> None:
+    assert "is no number of a layer: this model has layers 0-11" in refusal(NoSuchLayer, {"layers": text})
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -184,9 +184,9 @@ def test_an_unknown_part_is_refused_and_the_parts_are_named() -> None:
     assert "mlp (mlp.gate, mlp.up, mlp.down), norm (norm.attn, norm.mlp, norm.final), embed, head." in message
 
 
-@pytest.mark.parametrize("part", layers.OF_DIFFUSION)
-def test_parts_of_a_unet_are_said_to_belong_to_stable_diffusion(part: str) -> None:
-    assert "belongs to Stable Diffusion" in refusal(NoSuchLayer, full(parts=[part]))
+@pytest.mark.parametrize("part", ["attn.self", "attn.cross", "conv", "time"])
+def test_parts_of_a_unet_are_none_of_a_text_model(part: str) -> None:
+    assert f"no part '{part}': this model has layers 0-11" in refusal(NoSuchLayer, full(parts=[part]))
 
 
 def test_the_last_norm_is_selected_by_norm_in_all_layers_or_by_its_own_name() -> None:
@@ -244,9 +244,8 @@ def test_a_rank_beyond_the_matrix_is_noted() -> None:
     assert any("rank 64" in n for n in select(LLAMA, [LayerSpec(rank=64)], tied=False).notes)
 
 
-@pytest.mark.parametrize("spec", [{"component": "unet"}])
-def test_what_this_version_does_not_carry_out_is_recognised_and_said(spec: dict[str, Any]) -> None:
-    assert "not" in refusal(NotYet, spec)
+def test_a_text_model_is_one_network() -> None:
+    assert "one network, leave the field out" in refusal(NoSuchLayer, {"component": "unet"})
 
 
 def test_a_tensor_in_two_specs_is_refused_by_name() -> None:

@@ -155,7 +155,7 @@ def test_half_precision_comes_back_bit_for_bit(tiny: Base, cpu: Device, rows_fil
     store = TokenStore.build(rows_file, tmp_path / "rows", tiny.source.tokenizer, 64)
     found = made(Shelf(tmp_path / "shelf", 10**9), base, half, store, 2)
     asked = wanted(base, half, store, 2)
-    batch = asked.batches()[0]
+    batch = asked.batches[0]
     decoder = decoders.build("llama", base.source.config, cpu.torch)
     computed = ended(prefix.compute([batch], asked, decoder, prefix.resident(Rows(base.weights), 2)))[0]
     for i, row in enumerate(batch):

@@ -124,6 +124,39 @@ def test_a_disk_that_fails_meanwhile_leaves_the_run_uncached(
     assert losses
 
 
+def test_a_disk_that_fails_while_it_is_measured_leaves_the_run_uncached(
+    tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path
+) -> None:
+    decoder = decoders.build("llama", tiny.source.config, cpu.torch)
+    undecided = job(tiny.source, cpu, rows_file, tmp_path)
+    (tmp_path / "a").write_text("a file where the folder should be")
+    chosen, losses, _ = ran(prepare.steps(undecided, cpu, Shelf(tmp_path / "a", 10**9), lambda: (tiny, decoder)))
+    assert not chosen.cached
+    assert "the disk refuses" in chosen.why
+    assert losses
+
+
+def test_a_cached_run_whose_trial_halved_it_goes_on_to_the_bit(
+    tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path
+) -> None:
+    """The frozen layers' passes keep the size that they had before the trial, in whatever process."""
+    decoder = decoders.build("llama", tiny.source.config, cpu.torch)
+    planned = job(tiny.source, cpu, rows_file, tmp_path, prefix_cache=True, micro_batch_rows=4)
+    halved = replace(planned, plan=replace(planned.plan, micro_rows=2))
+    keys = [[w.key for w in prepare.data_sets(wanted, cpu)] for wanted in (planned, halved)]
+    assert keys[0] == keys[1]
+
+    def steps(folder: str, start: train.State | None, stop: bool) -> Iterator[prepare.Report]:
+        shelf = Shelf(tmp_path / folder, 10**9)
+        return prepare.steps(halved, cpu, shelf, lambda: (tiny, decoder), start=start, wanted=lambda: stop)
+
+    _, losses, trained = ran(steps("a", None, stop=False))
+    state = next(i for i in steps("a", None, stop=True) if isinstance(i, train.State) and i.step == 1)
+    _, rest, resumed = ran(steps("b", state, stop=False))
+    assert losses[-len(rest) :] == rest
+    assert all(torch.equal(pair.b, resumed.lora[name].b) for name, pair in trained.lora.items())
+
+
 async def test_while_a_model_is_streamed_nobody_is_served_by_it_and_afterwards_everybody_is(
     tiny_dir: Path, cpu: Device, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,7 @@
 """Settings, finding models, and how the process starts and stops, seen from outside."""
 
+import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +20,7 @@ from gpu_service import device as devices
 from gpu_service import settings
 from gpu_service.device import Device, quick_vectors
 from gpu_service.models import Models, find
-from gpu_service.service import locked
+from gpu_service.service import Service, listen, locked
 from gpu_service.settings import BadSetting, Settings, from_env
 from tests.conftest import ROOT
 
@@ -172,3 +174,30 @@ def test_a_step_of_one_row_leaves_the_library_as_it_was() -> None:
         with quick_vectors(rows, dtype, cpu):
             assert torch.backends.mkldnn.enabled == before
     assert torch.backends.mkldnn.enabled == before
+
+
+async def test_a_model_without_room_is_offered_for_training_with_streamed_layers(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices.Device, "free_bytes", lambda self: 100_000)
+    asked = Settings(device="cpu", port=0, data_dir=tmp_path / "gpu", models=(f"tiny={tiny_dir}",), key="sk-gpu-test")
+    with contextlib.closing(listen(asked)) as listener:
+        running = asyncio.create_task(Service(asked, listener).run())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            async with httpx2.AsyncClient(
+                base_url=url, timeout=30, headers={"authorization": "Bearer sk-gpu-test"}, trust_env=False
+            ) as http:
+                with httpx2.Client(base_url=url, trust_env=False) as outside:
+                    await asyncio.to_thread(wait_until_up, outside)
+                (model,) = (await http.get("/v1/models")).json()["data"]
+                assert not model["loaded"]
+                body = {"model": "tiny", "layers": {"layers": "last:1"}}
+                preview = (await http.post("/v1/layers/preview", json=body)).json()
+                assert preview["stream_layers"]
+                assert any("No time is said" in note for note in preview["notes"])
+                refused = await http.post("/v1/completions", json={"model": "tiny", "prompt": "Once"})
+                assert "MB are free on this gpu" in refused.json()["error"]["message"]
+        finally:
+            running.cancel()
+            await asyncio.wait({running})

@@ -322,6 +322,15 @@ def test_without_prompts_of_the_users_own_held_out_ones_are_asked(tiny: Base, ro
     assert [(p.text, p.reference) for p in found[:2]] == [("Say 0 times 0", "It is 0!"), ("Say 1 times 1", "It is 1!")]
 
 
+def test_plain_text_is_asked_for_its_second_half(tiny: Base, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Sing, goddess, of the anger of Achilles and of its many sorrows.")
+    file = samples.File(tmp_path / "text.txt", "text.txt")
+    (asked,) = samples.prompts(tiny.source, [], file, file)
+    assert asked.text == "Sing, goddess, of the anger of Achilles"
+    assert asked.reference == " and of its many sorrows."
+    assert asked.ids
+
+
 # --- on from a tuned model -------------------------------------------------------------------------------------------
 
 Q = {"parts": ["attn.q"], "layers": "2"}

@@ -51,6 +51,11 @@ export const layerSpec = z.object({
 });
 export type LayerSpec = z.infer<typeof layerSpec>;
 
+/** As people write it: the gpu judges what is in it. */
+const written = z.record(z.string(), z.unknown());
+export const layersJson = z.union([written, z.array(written).min(1)]);
+export type Layers = LayerSpec | z.infer<typeof layersJson>;
+
 export const preview = z.object({
   summary: z.string(),
   selected_tensors: z.number(),

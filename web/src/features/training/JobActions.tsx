@@ -8,7 +8,7 @@ import { useDisclosure } from '@mantine/hooks';
 import { useMutation } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
 import { useNavigate } from 'react-router';
-import { cancelJob, pauseJob, resumeJob } from './queries';
+import { cancelJob, pauseJob, resumeJob, resumeSlower } from './queries';
 
 /** Or its opposite. The stream tells what comes of it. */
 export function Pause({ job }: { job: Job }) {
@@ -38,6 +38,22 @@ export function Cancel({ job }: { job: Job }) {
           <Text size="sm">{t('job.cancelText')}</Text>
         </Confirm>
       </Dialog>
+    </>
+  );
+}
+
+/** Where the training has diverged; without a checkpoint the relay says that there is none. */
+export function Slower({ job }: { job: Job }) {
+  const { t } = useTranslation();
+  const navigate = useNavigate();
+  const going = useMutation({ mutationFn: resumeSlower, onSuccess: () => navigate(0) }); // its stream had ended
+  if (job.error?.code !== 'training_diverged') return null;
+  return (
+    <>
+      {going.error ? <ErrorNote error={going.error} /> : null}
+      <Button variant="default" loading={going.isPending} onClick={() => going.mutate(job.id)}>
+        {t('job.slower')}
+      </Button>
     </>
   );
 }

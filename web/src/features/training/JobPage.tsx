@@ -11,7 +11,7 @@ import { useQuery } from '@tanstack/react-query';
 import { useEffect, useMemo, useState } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link, useParams } from 'react-router';
-import { Again, Cancel, Pause } from './JobActions';
+import { Again, Cancel, Pause, Slower } from './JobActions';
 import { Events } from './JobEvents';
 import { Facts } from './JobFacts';
 import css from './JobPage.module.css';
@@ -48,7 +48,10 @@ export function JobPage() {
             <Cancel job={job} />
           </Group>
         ) : (
-          <Again job={job} />
+          <Group gap="sm">
+            <Slower job={job} />
+            <Again job={job} />
+          </Group>
         )
       }
     >

@@ -1,7 +1,19 @@
 import { Fold } from '@/components/Fold';
-import { Chip, NumberInput, SegmentedControl, Select, Switch, Text, TextInput } from '@mantine/core';
+import type { LayerSpec } from '@/types/api';
+import { Button, Chip, NumberInput, SegmentedControl, Select, Switch, Text, Textarea, TextInput } from '@mantine/core';
 import { useTranslation } from 'react-i18next';
-import { canHave, METHODS, PARTS, QUANTIZE, type Form, type Method, type Part, type Quantize } from './form';
+import {
+  canHave,
+  layersOf,
+  METHODS,
+  PARTS,
+  QUANTIZE,
+  specOf,
+  type Form,
+  type Method,
+  type Part,
+  type Quantize,
+} from './form';
 import css from './NewJobPage.module.css';
 
 /** A part of the form, and how it changes the whole. */
@@ -116,6 +128,37 @@ export function Finer({ form, set }: Piece) {
     </Fold>
   );
 }
+
+/** The whole language, for who wants finer parts or several specs. It takes the place of the fields above. */
+export function AsJson({ form, set }: Piece) {
+  const { t } = useTranslation();
+  const used = form.json.trim() !== '';
+  return (
+    <Fold title={t('training.asJson')} mark={used} open={used}>
+      <Textarea
+        label={t('training.json')}
+        description={t('training.jsonText')}
+        placeholder={JSON.stringify(specOf(form))}
+        value={form.json}
+        onChange={(event) => set({ json: event.currentTarget.value })}
+        error={used && !layersOf(form) ? t('training.jsonBad') : null}
+        autosize
+        minRows={3}
+        maxRows={16}
+        maxLength={20_000}
+        spellCheck={false}
+        styles={{ input: { fontFamily: 'var(--mantine-font-family-monospace)' } }}
+      />
+      {used ? null : (
+        <Button variant="default" size="compact-sm" mt={8} onClick={() => set({ json: written(specOf(form)) })}>
+          {t('training.jsonFill')}
+        </Button>
+      )}
+    </Fold>
+  );
+}
+
+const written = (spec: LayerSpec) => JSON.stringify([spec], null, 1);
 
 export const methodWords = (method: Method) =>
   method === 'dora' ? ('hyper.method_dora' as const) : (`training.method_${method}` as const);

@@ -4,7 +4,7 @@ import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { Card, Page } from '@/components/Page';
 import { modelsQuery } from '@/features/generate/queries';
-import type { Job } from '@/types/api';
+import type { Job, Layers } from '@/types/api';
 import { Button, Text, TextInput } from '@mantine/core';
 import { useDebouncedValue } from '@mantine/hooks';
 import { useMutation, useQuery, useQueryClient } from '@tanstack/react-query';
@@ -13,11 +13,11 @@ import { useTranslation } from 'react-i18next';
 import { Link, useLocation, useNavigate } from 'react-router';
 import { DataPicker } from './DataPicker';
 import { DataReport } from './DataReport';
-import { EMPTY, formOf, hyperOf, requestOf, specOf, suffixIsGood, type Form, type Part } from './form';
+import { EMPTY, formOf, hyperOf, layersOf, requestOf, suffixIsGood, type Form, type Part } from './form';
 import { HyperForm } from './HyperForm';
 import { LayerPicker } from './LayerPicker';
 import { parseLayers } from './layers';
-import { Finer, MethodPicker, Parts } from './LayersForm';
+import { AsJson, Finer, MethodPicker, Parts } from './LayersForm';
 import { ModelChoice } from './ModelChoice';
 import css from './NewJobPage.module.css';
 import { PreviewCard } from './PreviewCard';
@@ -44,16 +44,17 @@ export function NewJobPage() {
   const filled = { ...form, model: model?.id ?? null };
   const structure = useQuery({ ...layersQuery(model?.id ?? ''), enabled: model?.available === true });
   const parsed = model ? parseLayers(form.layers, model.n_layers) : null;
-  const spec = specOf(filled);
+  const layers = layersOf(filled);
+  const chosen = form.json.trim() !== '' || parsed?.ok;
   const file = useQuery(filesQuery).data?.find((each) => each.id === form.fileId);
   const training: Training = {
     hyperparameters: hyperOf(form),
     ...(file?.rows ? { data: { rows: file.rows, bytes: file.bytes } } : {}),
   };
-  const readable = parsed?.ok && spec.parts.length > 0 ? JSON.stringify({ spec, training }) : null;
+  const readable = chosen && layers ? JSON.stringify({ layers, training }) : null;
   const [settled] = useDebouncedValue(readable, PREVIEW_AFTER_MS);
-  const shown = settled ? (JSON.parse(settled) as { spec: ReturnType<typeof specOf>; training: Training }) : null;
-  const request = parsed?.ok ? requestOf(filled) : null;
+  const shown = settled ? (JSON.parse(settled) as { layers: Layers; training: Training }) : null;
+  const request = chosen ? requestOf(filled) : null;
 
   const { max_length_tokens: length, train_on: trainOn } = form.hyper;
 
@@ -104,12 +105,17 @@ export function NewJobPage() {
             <ValidationPicker form={form} set={set} />
           </Card>
           <Card title={t('training.stepLayers')}>
-            <MethodPicker form={form} set={set} />
-            <Parts form={form} set={set} has={(part) => hasPart(structure.data?.parts, part)} />
-            {model ? (
-              <LayerPicker n={model.n_layers} value={form.layers} onChange={(layers) => set({ layers })} />
+            {form.json.trim() === '' ? (
+              <>
+                <MethodPicker form={form} set={set} />
+                <Parts form={form} set={set} has={(part) => hasPart(structure.data?.parts, part)} />
+                {model ? (
+                  <LayerPicker n={model.n_layers} value={form.layers} onChange={(layers) => set({ layers })} />
+                ) : null}
+                <Finer form={form} set={set} />
+              </>
             ) : null}
-            <Finer form={form} set={set} />
+            <AsJson form={form} set={set} />
           </Card>
           <Card>
             <TextInput
@@ -131,7 +137,7 @@ export function NewJobPage() {
           <Card title={t('training.preview')}>
             <PreviewCard
               model={model?.id ?? null}
-              spec={shown && readable ? shown.spec : null}
+              spec={shown && readable ? shown.layers : null}
               training={shown?.training ?? training}
             />
             {starting.error ? <ErrorNote error={starting.error} /> : null}

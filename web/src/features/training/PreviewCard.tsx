@@ -2,7 +2,7 @@ import { ErrorNote } from '@/components/ErrorNote';
 import { Fold } from '@/components/Fold';
 import { ApiError } from '@/lib/api';
 import { bytes, count, duration, percent } from '@/lib/format';
-import type { LayerSpec, Preview } from '@/types/api';
+import type { Layers, Preview } from '@/types/api';
 import { Text } from '@mantine/core';
 import { keepPreviousData, useQuery } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
@@ -11,7 +11,7 @@ import { previewQuery, type Training } from './queries';
 
 interface Props {
   model: string | null;
-  spec: LayerSpec | null; // null: the form can't be read yet
+  spec: Layers | null; // null: the form can't be read yet
   training: Training;
 }
 

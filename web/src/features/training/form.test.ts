@@ -45,6 +45,24 @@ it('takes only names that can be part of a model id', () => {
   expect(['a b', '선장', 'x'.repeat(65)].some(suffixIsGood)).toBe(false);
 });
 
+it('takes the whole language as JSON, and asks for nothing while it can not be read', () => {
+  const json = '[{"parts": ["attn.q"], "layers": "3"}, {"method": "full", "parts": ["norm"]}]';
+  expect(requestOf({ ...filled, json })?.layers).toEqual(JSON.parse(json));
+  for (const bad of ['{', '[]', '3', '"all"', '[1]']) expect(requestOf({ ...filled, json: bad })).toBeNull();
+  expect(requestOf({ ...filled, parts: [], json: '{"parts": ["attn.q"]}' })?.layers).toEqual({ parts: ['attn.q'] });
+});
+
+it('keeps what an earlier job trained, where its own fields could not say it', () => {
+  const layers = [
+    { method: 'lora' as const, parts: ['attn.q'], layers: '3', rank: 4 },
+    { method: 'full' as const, parts: ['norm'], layers: 'all' },
+  ];
+  for (const some of [layers, layers.slice(0, 1)]) {
+    const again = formOf({ model: 'm', training_file: 'file-1', user_provided_suffix: null, layers: some });
+    expect(requestOf(again)?.layers).toEqual(some);
+  }
+});
+
 it('fills itself from an earlier job', () => {
   const form = {
     ...filled,

@@ -1,5 +1,5 @@
 /** The training form as plain values, and the request that comes of them. */
-import type { LayerSpec } from '@/types/api';
+import { layersJson, type Layers, type LayerSpec } from '@/types/api';
 import type { NewJob } from './queries';
 
 export const PARTS = ['attn', 'mlp', 'norm', 'embed', 'head'] as const;
@@ -66,6 +66,7 @@ export interface Form {
   rank: number;
   alpha: number | null;
   rslora: boolean;
+  json: string; // layer specs as JSON: where it is not empty, it stands for all of the fields above
   hyper: Partial<Record<HyperName, HyperValue>>; // what is not there is "auto"
   samples: readonly string[];
   suffix: string;
@@ -83,6 +84,7 @@ export const EMPTY: Form = {
   rank: 16,
   alpha: null,
   rslora: false,
+  json: '',
   hyper: {},
   samples: [],
   suffix: '',
@@ -106,6 +108,19 @@ export function specOf(form: Form): LayerSpec {
   };
 }
 
+/** What the layer spec's language can say beyond these fields: finer parts, or several specs. Undefined: unreadable. */
+export function layersOf(form: Form): Layers | undefined {
+  if (form.json.trim() === '') {
+    const spec = specOf(form);
+    return spec.parts.length > 0 ? spec : undefined;
+  }
+  try {
+    return layersJson.parse(JSON.parse(form.json));
+  } catch {
+    return undefined;
+  }
+}
+
 export const suffixIsGood = (suffix: string): boolean => /^[A-Za-z0-9_-]{0,64}$/.test(suffix);
 
 /** Only what was chosen: the rest is "auto" by itself. */
@@ -119,8 +134,8 @@ export const hyperOf = (form: Form): Record<string, HyperValue> =>
 
 /** Null while something is still to be filled in. */
 export function requestOf(form: Form): NewJob | null {
-  const spec = specOf(form);
-  if (!form.model || !form.fileId || spec.parts.length === 0 || !suffixIsGood(form.suffix)) return null;
+  const layers = layersOf(form);
+  if (!form.model || !form.fileId || !layers || !suffixIsGood(form.suffix)) return null;
   const samples = form.samples.map((prompt) => prompt.trim()).filter(Boolean);
   return {
     model: form.model,
@@ -128,7 +143,7 @@ export function requestOf(form: Form): NewJob | null {
     ...(form.validationId ? { validation_file: form.validationId } : {}),
     ...(form.suffix ? { suffix: form.suffix } : {}),
     ...(samples.length > 0 ? { sample_prompts: samples } : {}),
-    layers: spec,
+    layers,
     method: { type: 'supervised', supervised: { hyperparameters: hyperOf(form) } },
   };
 }
@@ -145,8 +160,9 @@ interface Earlier {
 
 /** "Train again with changes": what the job was started with, as far as the form can say it. */
 export function formOf(job: Earlier): Form {
-  const spec = job.layers[0];
+  const [spec, ...more] = job.layers;
   const known = (part: string): part is Part => (PARTS as readonly string[]).includes(part);
+  const beyond = more.length > 0 || !spec?.parts.every(known);
   return {
     ...EMPTY,
     model: job.model,
@@ -161,7 +177,8 @@ export function formOf(job: Earlier): Form {
         return given && value !== 'auto' ? [[name, value]] : [];
       }),
     ),
-    ...(spec
+    ...(beyond ? { json: JSON.stringify(job.layers, null, 1) } : {}),
+    ...(spec && !beyond
       ? {
           method: spec.method,
           quantize: spec.quantize ?? 'none',

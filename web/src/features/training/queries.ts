@@ -6,7 +6,7 @@ import {
   grown,
   job,
   type Job,
-  type LayerSpec,
+  type Layers,
   list,
   modelLayers,
   preview,
@@ -63,7 +63,7 @@ export const layersQuery = (model: string) =>
   });
 
 /** What a choice of layers costs. Asked anew with every change, so the key is the choice. */
-export const previewQuery = (model: string, spec: LayerSpec, training: Training) =>
+export const previewQuery = (model: string, spec: Layers, training: Training) =>
   queryOptions({
     queryKey: ['preview', model, spec, training],
     queryFn: ({ signal }) => api.post('/v1/layers/preview', { model, layers: spec, ...training }, preview, signal),
@@ -83,7 +83,7 @@ export interface NewJob {
   suffix?: string;
   validation_file?: string;
   sample_prompts?: string[];
-  layers: LayerSpec;
+  layers: Layers;
   method: { type: 'supervised'; supervised: { hyperparameters: Record<string, HyperValue> } };
 }
 
@@ -91,6 +91,9 @@ export const createJob = (asked: NewJob): Promise<Job> => api.post('/v1/fine_tun
 export const cancelJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/cancel`, {}, job);
 export const pauseJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/pause`, {}, job);
 export const resumeJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning/jobs/${id}/resume`, {}, job);
+/** Of a job whose training has diverged: from its last checkpoint, at half its learning rate. */
+export const resumeSlower = (id: string): Promise<Job> =>
+  api.post(`/v1/fine_tuning/jobs/${id}/resume`, { learning_rate_factor: 0.5 }, job);
 export const deleteFile = (id: string): Promise<void> => api.delete(`/v1/files/${id}`);
 
 /** What the run has written about itself; null for runs that wrote nothing. */
