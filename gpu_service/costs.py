@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import wire
 from gpu_service.layers import Selection, TensorInfo
 
+SMALLEST_8BIT = 4096  # numbers in a tensor whose moments take 8 bits
 BLOCK = 64  # weights that share a scale where they are held in 4 bits
 HEAD_CHUNK_TOKENS = 256  # labels whose logits are held at once over a frozen head
 TRAINED_HEAD_CHUNK_TOKENS = 1024  # the same where the head is trained, or adapted
@@ -80,7 +81,7 @@ def estimate(
     return Estimate(
         weights_bytes=base_weights_bytes,
         gradients_bytes=4 * n,
-        optimizer_bytes=(moments_bytes_per_param + 4 * keeps_best) * n,
+        optimizer_bytes=_optimizer_bytes(selection, moments_bytes_per_param, keeps_best),
         activations_bytes=kept_bytes + logits + 2 * labelled + cast + max(adapted, default=0),
         adapter_bytes=4 * n,
     )
@@ -127,7 +128,7 @@ def picture_estimate(
     return Estimate(
         weights_bytes=bytes_per_param * sum(t.n_params for t in tensors),
         gradients_bytes=4 * n,
-        optimizer_bytes=moments_bytes_per_param * n,
+        optimizer_bytes=_optimizer_bytes(selection, moments_bytes_per_param, keeps_best=False),
         activations_bytes=rows * kept * bytes_per_param + cast,
         adapter_bytes=4 * n,
     )
@@ -171,8 +172,17 @@ def _kept_of_picture(tensor: TensorInfo, side: int, trained: set[str], selection
 def checkpoint_bytes(selection: Selection, moments_bytes_per_param: int = 8, *, keeps_best: bool = False) -> int:
     """Of one: the trained numbers in fp32, the best of them where early stop keeps these, moments, random states."""
     tensors = len(selection.full) + 2 * len(selection.lora)
-    numbers = (4 + moments_bytes_per_param + 4 * keeps_best) * selection.n_trainable
+    numbers = 4 * selection.n_trainable + _optimizer_bytes(selection, moments_bytes_per_param, keeps_best)
     return numbers + tensors * STATE_TENSOR_BYTES + STATE_OVERHEAD_BYTES
+
+
+def _optimizer_bytes(selection: Selection, moments_bytes_per_param: int, keeps_best: bool) -> int:
+    """Moments, which small tensors keep in fp32 whatever was asked, and the best numbers so far."""
+    sizes = [t.n_params for t in selection.full]
+    for target in selection.lora:
+        sizes += [target.rank * side for side in target.tensor.shape] + [target.tensor.shape[0]] * target.dora
+    moments = sum(n * (moments_bytes_per_param if n >= SMALLEST_8BIT else 8) for n in sizes)
+    return moments + 4 * keeps_best * sum(sizes)
 
 
 def prefix_bytes(selection: Selection, shape: Shape, tokens: int, bytes_per_number: int) -> int:

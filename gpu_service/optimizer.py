@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_service.costs import SMALLEST_8BIT
 from gpu_service.plan import Plan
 from gpu_service.quantize import bitsandbytes
 
@@ -17,7 +18,6 @@ FIRST, SECOND, COUNT = "first_moment", "second_moment", "steps"
 FIRST_SCALE, SECOND_SCALE = "first_scale", "second_scale"
 BETAS, EPS = (0.9, 0.999), 1e-8
 BLOCK = 256  # numbers that share a scale in 8 bits
-SMALLEST_8BIT = 4096  # numbers in a tensor whose moments take 8 bits
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 

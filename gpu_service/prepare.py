@@ -6,6 +6,7 @@ head. Either way the loop is the same one.
 """
 
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 
 import torch
 
@@ -43,10 +44,11 @@ def steps(
         decoder = decoders.build(job.source.family, job.source.config, device.torch)
         prefixes = yield from _streamed(job, decoder, device, shelf)
         base = read_base(job.source, device, job.selection.quantize, only=trained_weights(job))
+        yield from train.run(job, base, decoder, device, prefix=prefixes, start=start, wanted=wanted)
     else:
         base, decoder = resident()
-        prefixes = yield from _beside(job, base, decoder, device, shelf)
-    yield from train.run(job, base, decoder, device, prefix=prefixes, start=start, wanted=wanted)
+        make = partial(_beside, job, base, decoder, device, shelf)
+        yield from train.run(job, base, decoder, device, prefix=make, start=start, wanted=wanted)
 
 
 def data_sets(job: train.Job, device: Device) -> list[Wanted]:

@@ -31,7 +31,7 @@ from gpu_service.lora import Lora
 from gpu_service.models import Base, Source
 from gpu_service.optimizer import Optimizer
 from gpu_service.plan import MOMENTS_BYTES, Plan
-from gpu_service.prefix import Prefix, Prefixes
+from gpu_service.prefix import Chosen, Prefix, Prefixes, Working
 from gpu_service.probe import Ready, fit
 from gpu_service.rows import Rows
 from gpu_service.samples import Prompt, answers
@@ -103,15 +103,16 @@ def run(
     decoder: Decoder,
     device: Device,
     *,
-    prefix: Prefixes = Prefixes(),  # noqa: B008
+    prefix: Prefixes | Callable[[], Generator[Chosen | Working, None, Prefixes]] = Prefixes(),  # noqa: B008
     start: State | None = None,
     wanted: Callable[[], bool] = lambda: False,
-) -> Iterator[Ready | Progress | State | Trained]:
+) -> Iterator[Ready | Chosen | Working | Progress | State | Trained]:
     """Train, one micro-batch per `next`; the last thing yielded is what came of it.
 
     From `start` it goes on as if it had never stopped: on the same kind of device and in the same precision bit for
     bit. Between two optimizer steps, and between the slices of a validation, `wanted` is asked; where it says yes the
-    state follows. `Ready` comes before the first step, and its plan is the one that holds. Raises Diverged when the
+    state follows. `Ready` comes before the first step, and its plan is the one that holds. A `prefix` that is yet to be
+    made is made after that trial, so that memory runs out in the first minute or not at all. Raises Diverged when the
     loss is no longer a number, or has risen out of reach.
     """
     torch.manual_seed(job.seed)
@@ -128,10 +129,11 @@ def run(
     best = {name: p.detach().clone() for name, p in named.items()} if plan.early_stop_patience else {}
     course = Course()
     order: list[int] = []
+    known = prefix if isinstance(prefix, Prefixes) else Prefixes()
     left_out = 0  # steps in a row whose gradient was no number
 
-    def loss_of(data: TokenStore, micro: Sequence[int], known: Prefix | None) -> tuple[Tensor, Batch]:
-        batch, below = data.batch(micro, pad_id=0), known.hidden(micro) if known else None
+    def loss_of(data: TokenStore, micro: Sequence[int], states: Prefix | None) -> tuple[Tensor, Batch]:
+        batch, below = data.batch(micro, pad_id=0), states.hidden(micro) if states else None
         if plan.packing:
             below = None if below is None else batch.pack(below)
             batch = batch.packed()
@@ -166,7 +168,7 @@ def run(
 
         def attempt(micro: int) -> None:
             moments = [torch.empty_like(p) for p in parameters for _ in range(MOMENTS_BYTES[plan.optimizer] // 4)]
-            loss_of(store, longest[:micro], prefix.training)[0].backward()  # type: ignore[no-untyped-call]
+            loss_of(store, longest[:micro], known.training)[0].backward()  # type: ignore[no-untyped-call]
             del moments
             for parameter in parameters:
                 parameter.grad = None
@@ -194,6 +196,8 @@ def run(
             yield Progress(0, 0)
         plan = ready.plan
         yield ready
+    if not isinstance(prefix, Prefixes):
+        known = yield from prefix()
 
     while not course.ended_early:
         step = course.step
@@ -202,7 +206,7 @@ def run(
             total_loss = 0.0
             for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
                 with torch.no_grad():
-                    loss, _ = loss_of(job.validation, micro, prefix.validation)
+                    loss, _ = loss_of(job.validation, micro, known.validation)
                 total_loss += loss.item() / job.validation.report.learned_tokens
                 yield Progress(step, course.tokens)
                 if wanted():
@@ -228,7 +232,7 @@ def run(
         beginning = course.copy(), _random()  # what a state in mid-step goes back to: no weight has changed yet
         total_loss = 0.0
         for index, micro in enumerate(micros):
-            loss, batch = loss_of(store, micro, prefix.training)
+            loss, batch = loss_of(store, micro, known.training)
             loss = loss / learned
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total_loss += loss.item()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,6 +22,8 @@ ROWS = "\n".join(
     for reply in REPLIES
 ).encode()
 STEPS = 300
+# Steps of two slices, over a frozen prefix on the disk of whichever gpu it is.
+HYPERPARAMETERS = {"n_epochs": 15, "batch_size": 2, "micro_batch_rows": 1, "prefix_cache": True}
 pytestmark = pytest.mark.timeout(600)  # it trains; a busy machine takes its time
 
 
@@ -39,8 +42,10 @@ class Cluster:
             model=TINY,
             training_file=file.id,
             seed=3,
-            hyperparameters={"n_epochs": 15, "batch_size": 2},
-            extra_body={"layers": {"parts": ["attn", "mlp"], "rank": 4}},
+            extra_body={
+                "layers": {"parts": ["attn", "mlp"], "layers": "last:2", "rank": 4},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": HYPERPARAMETERS}},
+            },
         )
         return job.id
 
@@ -73,6 +78,11 @@ class Cluster:
         pages = self.relay.client().fine_tuning.jobs.list_events(job_id, limit=100).iter_pages()
         return [e.message for page in pages for e in page if e.type == "message"][::-1]
 
+    def losses(self, job_id: str) -> dict[int, float]:
+        pages = self.relay.client().fine_tuning.jobs.list_events(job_id, limit=100).iter_pages()
+        told = [e.data for page in pages for e in page if e.type == "metrics"]
+        return {data["step"]: data["train_loss"] for data in told if isinstance(data, dict) and "train_loss" in data}
+
     def holders(self, job_id: str) -> list[str]:
         return [found[1] for text in self.said(job_id) if (found := re.match("Given to gpu '(.+)'", text))]
 
@@ -94,15 +104,21 @@ class Cluster:
         assert any(f" of {STEPS} from the checkpoint of " in text for text in said), said
         assert job.trained_tokens == self.straight.trained_tokens
         assert self.weights(job) == self.weights(self.straight)
+        losses = self.losses(job_id)  # but for those that a killed gpu had not yet told
+        assert losses.items() <= self.losses(self.straight.id).items()
+        assert max(losses) == STEPS
 
 
 @pytest.fixture(scope="module")
 def cluster(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("resume")
+    model = shutil.copytree(tiny_dir, folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
     relay = Relay(folder / "relay", RELAY_LEASE_S="3")
     with running(relay):
         gpus = {
-            name: Gpu(folder / name, {TINY: tiny_dir}, relay, GPU_NAME=name, GPU_CHECKPOINT_EVERY_S="0.2")
+            name: Gpu(folder / name, {TINY: model}, relay, GPU_NAME=name, GPU_CHECKPOINT_EVERY_S="0.2")
             for name in ("one", "two")
         }
         with running(*gpus.values()):

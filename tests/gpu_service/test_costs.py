@@ -1,6 +1,7 @@
 """What is said before a job starts, against what is measured: within a quarter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,14 +85,15 @@ def test_activations_are_what_autograd_keeps(
     assert said - chunk + logits == pytest.approx(kept.n_bytes + logits, rel=CLOSE)
 
 
+@pytest.mark.parametrize("more", [{}, {"optimizer": "adamw_8bit"}, {"early_stop_patience": 1}], ids=str)
 @pytest.mark.parametrize("spec", SPECS)
 def test_weights_trained_numbers_and_checkpoints_are_what_is_stored(
-    spec: wire.LayerSpec, tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path
+    spec: wire.LayerSpec, more: dict[str, Any], tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path
 ) -> None:
     source = tiny.source
     selection = layers.select(source.tensors, [spec], tied=source.tied)
     store = TokenStore.build(rows_file, tmp_path / "rows", source.tokenizer, 64)
-    wanted = wire.Hyperparameters(n_epochs=1, batch_size=4, prefix_cache=False)
+    wanted = wire.Hyperparameters.model_validate({"n_epochs": 1, "batch_size": 4, "prefix_cache": False, **more})
     plan = plans.resolve(wanted, source, selection, store, 64, cpu)
     job = train.Job(source, selection, plan, store, None, seed=5)
     decoder = decoders.build(source.family, source.config, cpu.torch)
@@ -105,7 +107,12 @@ def test_weights_trained_numbers_and_checkpoints_are_what_is_stored(
     assert cost.adapter_bytes == cost.gradients_bytes == sum(t.nbytes for t in tensors)
     cache = artifacts.BlobCache(tmp_path / "blobs", 10**9)
     stored = checkpoints.save(cache, "0" * 64, checkpoints.Stored(state, plan, 0.0, "here", 0.0))
-    assert costs.checkpoint_bytes(selection) == pytest.approx(sum(f.bytes for f in stored.files), rel=CLOSE)
+    moments, keeps_best = plans.MOMENTS_BYTES[plan.optimizer], plan.early_stop_patience > 0
+    said = costs.checkpoint_bytes(selection, moments, keeps_best=keeps_best)
+    assert said == pytest.approx(sum(f.bytes for f in stored.files), rel=CLOSE)
+    held = [t.nbytes for name, t in state.tensors.items() if not name.startswith(("weight.", "random."))]
+    cost = source.cost(selection, plan.micro_rows, 64, 4, moments_bytes_per_param=moments, keeps_best=keeps_best)
+    assert cost.optimizer_bytes == pytest.approx(sum(held), rel=CLOSE)
 
 
 def test_a_prefix_takes_the_bytes_that_were_said(tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path) -> None:
