@@ -105,3 +105,18 @@ def test_a_job_tells_its_course_ends_with_a_report_and_can_be_continued_from(rel
     before = answer(relay, again.fine_tuned_model)
     relay.client().models.delete(job.fine_tuned_model)
     assert answer(relay, again.fine_tuned_model) == before, "it is whole without the first"
+
+
+def test_a_streamed_job_learns_what_the_one_beside_the_whole_model_learns(relay: Relay) -> None:
+    spec = {"parts": ["attn", "mlp"], "layers": "last:1", "rank": 4}
+    streamed, events = tuned(relay, TINY, spec, stream_layers=True)
+    assert any("the layers are streamed" in event.message for event in events)
+    assert any("no answers to prompts" in event.message for event in events)
+    beside, others = tuned(relay, TINY, spec, prefix_cache=True)
+    assert losses(events) == losses(others)
+    assert answer(relay, streamed.fine_tuned_model) == answer(relay, beside.fine_tuned_model)
+
+
+def losses(events: list[Any]) -> list[tuple[str, float]]:
+    named = ("train_loss", "validation_loss")
+    return [(n, e.data[n]) for e in events if e.type == "metrics" for n in named if n in e.data]
