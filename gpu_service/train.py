@@ -110,10 +110,10 @@ def run(
     """Train, one micro-batch per `next`; the last thing yielded is what came of it.
 
     From `start` it goes on as if it had never stopped: on the same kind of device and in the same precision bit for
-    bit. Between two optimizer steps, and between the slices of a validation, `wanted` is asked; where it says yes the
-    state follows. `Ready` comes before the first step, and its plan is the one that holds. A `prefix` that is yet to be
-    made is made after that trial, so that memory runs out in the first minute or not at all. Raises Diverged when the
-    loss is no longer a number, or has risen out of reach.
+    bit. Between two slices `wanted` is asked; where it says yes the state follows, as of the last whole step. `Ready`
+    comes before the first step, and its plan is the one that holds. A `prefix` that is yet to be made is made after
+    that trial, so that memory runs out in the first minute or not at all. Raises Diverged when the loss is no longer a
+    number, or has risen out of reach.
     """
     torch.manual_seed(job.seed)
     plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
@@ -229,7 +229,8 @@ def run(
         micros = _cut(order[index_in_epoch * plan.batch_rows :][: plan.batch_rows], plan.micro_rows)
         # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
         learned = store.learned([row for micro in micros for row in micro])
-        beginning = course.copy(), _random()  # what a state in mid-step goes back to: no weight has changed yet
+        # What a state in mid-step goes back to: no weight has changed yet.
+        beginning = (course.copy(), _random()) if len(micros) > 1 else None
         total_loss = 0.0
         for index, micro in enumerate(micros):
             loss, batch = loss_of(store, micro, known.training)
