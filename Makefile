@@ -6,6 +6,9 @@ DATA ?= data
 TOUR ?= 1
 export PYTHON TORCH_INDEX DATA TOUR
 
+# Tests mostly wait for what they started, so several files run at once.
+PYTEST = .venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo web web-check lint test test-long test-all soak bench-generate bench-train bench-image bench-link bench-relay clean
 
@@ -45,10 +48,10 @@ lint: setup
 	.venv/bin/python -m mypy
 
 test: lint web-check
-	.venv/bin/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: setup
-	.venv/bin/python -m pytest -m long || test $$? -eq 5  # 5: none was collected
+	$(PYTEST) -m long || test $$? -eq 5  # 5: none was collected
 
 test-all: test test-long
 

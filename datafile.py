@@ -9,17 +9,21 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import IO, Any, Literal
+from typing import IO, Any, Generic, Literal, TypeVar
 
 MAX_LINE_BYTES = 4_000_000  # a line or value longer than this is refused rather than held in memory
 PASSAGE_CHARS = 2000  # of plain text, that make a row
 READ_BYTES = 2**16
 SHOWN_CHARS = 300  # of one error: it may quote the file
+SHOWN_ERRORS, SHOWN_OF_CODE = 20, 3
+SUMMED_UP = 5
 BOM = b"\xef\xbb\xbf"  # editors on Windows put it first
 SEPARATORS = ",;\t"
-COLUMNS = frozenset({"prompt", "completion", "text", "instruction", "input", "output", "system", "messages"})
+COLUMNS = frozenset(
+    {"prompt", "completion", "text", "instruction", "input", "output", "system", "messages", "file_name"}
+)
 Kind = Literal["jsonl", "json", "csv", "text"]
 BY_SUFFIX: dict[str, Kind] = {".csv": "csv", ".tsv": "csv", ".txt": "text", ".md": "text", ".text": "text"}
 
@@ -29,6 +33,55 @@ class RowError:
     line: int  # from 1
     code: str
     message: str
+
+    @property
+    def where(self) -> str:
+        return f"line {self.line}"
+
+
+@dataclass(frozen=True)
+class FileError:
+    """Of an archive."""
+
+    name: str  # within it, or its own
+    code: str
+    message: str
+
+    @property
+    def where(self) -> str:
+        return self.name
+
+
+E = TypeVar("E", RowError, FileError)
+
+
+@dataclass
+class Checked(Generic[E]):
+    """What a look at a file has found; what more there is to say of its kind is said by who looks."""
+
+    rows: int = 0  # that are sound
+    counts: Counter[str] = field(default_factory=Counter)  # errors by code
+    errors: list[E] = field(default_factory=list)  # the first SHOWN_ERRORS, and the first few of each code
+
+    def add(self, error: E) -> None:
+        self.counts[error.code] += 1
+        if len(self.errors) < SHOWN_ERRORS or self.counts[error.code] <= SHOWN_OF_CODE:
+            self.errors.append(error)
+
+    @property
+    def ok(self) -> bool:
+        return self.rows > 0 and not self.counts
+
+    def by_code(self) -> str:
+        return ", ".join(f"{count:,} {code}" for code, count in self.counts.most_common())
+
+    def shown(self) -> str:
+        """The first few, and one of each code in any case."""
+        firsts = {error.code: at for at, error in reversed(list(enumerate(self.errors)))}.values()
+        order = sorted(range(len(self.errors)), key=lambda at: (at not in firsts, at))
+        picked = [self.errors[at] for at in sorted(order[: max(SUMMED_UP, len(firsts))])]
+        more = self.counts.total() - len(picked)
+        return "; ".join(f"{e.where}: {e.message}" for e in picked) + (f"; and {more:,} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)
@@ -56,9 +109,12 @@ def kind_of(path: Path, name: str = "") -> Kind:
 
 def values(path: Path, name: str = "") -> Iterator[Value]:
     """Every value of the file, in its order."""
-    read = {"jsonl": _json_lines, "json": _json_array, "csv": _csv, "text": _text}[kind_of(path, name)]
     with path.open("rb") as file:
-        yield from read(file)
+        yield from read(file, kind_of(path, name))
+
+
+def read(file: IO[bytes], kind: Kind) -> Iterator[Value]:
+    return {"jsonl": _json_lines, "json": _json_array, "csv": _csv, "text": _text}[kind](file)
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:

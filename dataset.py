@@ -13,10 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datafile import SHOWN_CHARS, Passage, RowError, values
+from datafile import SHOWN_CHARS, SHOWN_ERRORS, Checked, Passage, RowError, values
 
-SHOWN_ERRORS = 20
-SHOWN_OF_CODE = 3
 ROLES = ("system", "user", "assistant", "tool")
 # Who speaks in ShareGPT's rows, in our words.
 SPEAKERS = {
@@ -59,37 +57,20 @@ Row = Chat | Completion
 
 
 @dataclass
-class Report:
-    rows: int = 0
-    counts: Counter[str] = field(default_factory=Counter)  # errors by code
-    errors: list[RowError] = field(default_factory=list)  # the first SHOWN_ERRORS, and the first few of each code
+class Report(Checked[RowError]):
     kinds: Counter[str] = field(default_factory=Counter)  # of rows
     duplicates: int = 0
     duplicate_lines: list[int] = field(default_factory=list)  # the first SHOWN_ERRORS of them
     compared: int = 0  # rows that duplicates were looked for among: the first so many
     characters: int = 0
 
-    def add(self, error: RowError) -> None:
-        self.counts[error.code] += 1
-        if len(self.errors) < SHOWN_ERRORS or self.counts[error.code] <= SHOWN_OF_CODE:
-            self.errors.append(error)
-
-    @property
-    def ok(self) -> bool:
-        return self.rows > 0 and not self.counts
-
     def summary(self) -> str:
         """One message for a person: how many of which kind, and the first few by line."""
         if not self.counts:
             return f"{self.rows} rows" if self.rows else f"the file has no rows: each line is {FORMATS}"
         bad = self.counts.total()
-        by_kind = ", ".join(f"{n} {code}" for code, n in self.counts.most_common())
-        kinds = f" ({by_kind})" if len(self.counts) > 1 else ""
-        firsts = {e.code: e.line for e in reversed(self.errors)}.values()  # no kind goes unshown
-        picked = sorted(self.errors, key=lambda e: (e.line not in firsts, e.line))[: max(5, len(firsts))]
-        shown = "; ".join(f"line {e.line}: {e.message}" for e in sorted(picked, key=lambda e: e.line))
-        more = f"; and {bad - len(picked)} more" if bad > len(picked) else ""
-        return f"{bad} of {self.rows + bad} lines can't be used{kinds}: {shown}{more}"
+        kinds = f" ({self.by_code()})" if len(self.counts) > 1 else ""
+        return f"{bad:,} of {self.rows + bad:,} lines can't be used{kinds}: {self.shown()}"
 
     def told(self) -> dict[str, Any]:
         """As JSON."""

@@ -15,7 +15,7 @@ pip_pid=
 say() { printf '%s\n' "$*"; }
 die() { printf 'set-up: %s\n' "$*" >&2; exit 1; }
 
-base_files='relay/requirements.txt gpu_service/requirements.txt demo/requirements.txt requirements.txt'
+base_files='relay/requirements.txt relay/requirements-pictures.txt gpu_service/requirements.txt demo/requirements.txt requirements.txt'
 case $kind in
 run) made='run' ;;
 dev) made='run dev' ;;
@@ -25,7 +25,7 @@ esac
 # What a stamp holds. Scripts in a virtual environment know its path, so a folder that was moved needs a new one.
 stamp() {
     pwd && cat setup.sh $base_files
-    [ "$1" = run ] || cat requirements-dev.txt relay/requirements-celery.txt 2>/dev/null
+    [ "$1" = run ] || cat requirements-dev.txt relay/requirements-celery.txt relay/requirements-postgresql.txt relay/requirements-s3.txt 2>/dev/null
 }
 finished() { stamp "$1" | cmp -s - ".venv/ready-$1" && [ ! -e .venv/changing ] && "$python" -c '' 2>/dev/null; }
 

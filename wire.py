@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-PROTOCOL = 2  # raised when a message changes in a way that an older peer can't read
+PROTOCOL = 3  # raised when a message changes in a way that an older peer can't read
 
 SIGNATURE_WINDOW_S = 60.0  # a signed request is good this long, on the relay's clock
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -100,7 +100,16 @@ class Hyperparameters(Message):
     stream_layers: bool | Auto = "auto"  # the frozen layers are read one at a time, and never all in memory
     train_on: Literal["completions", "all"] | Auto = "auto"  # which tokens are labels
     samples_every_steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] | Auto = "auto"  # answers to the sample prompts
+    # Of models that make pictures:
+    resolution: Annotated[int, Field(ge=8, le=4096)] | Auto = "auto"  # pixels of a side; pictures are fitted to it
+    min_snr_gamma: Annotated[float, Field(ge=0, le=1000)] | Auto = "auto"  # 0: every time weighs the same
+    caption_dropout: Annotated[float, Field(ge=0, le=0.9)] | Auto = "auto"  # share of steps that see no caption
 
+
+# Those that only one kind of model has; of the others they stay "auto".
+OF_TEXT = frozenset({"activation_checkpointing", "max_length_tokens", "packing", "prefix_cache", "stream_layers"})
+OF_TEXT |= {"train_on"}
+OF_PICTURES = frozenset({"resolution", "min_snr_gamma", "caption_dropout"})
 
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_SAMPLE_CHARS)]
 
@@ -154,6 +163,19 @@ class TunedModel(Message):
     adapter: AdapterManifest
 
 
+class Concept(Message):
+    """What a few pictures without captions show: DreamBooth, https://arxiv.org/abs/2208.12242."""
+
+    prompt: str = Field(min_length=1, max_length=MAX_SAMPLE_CHARS)  # of each of them: "a photo of sks dog"
+    class_prompt: str | None = Field(default=None, min_length=1, max_length=MAX_SAMPLE_CHARS)  # "a photo of a dog"
+    class_pictures: int = Field(default=24, ge=1, le=500)  # that the model makes of it first, and keeps knowing
+    prior_weight: float = Field(default=1.0, ge=0, le=100)  # of those in the loss
+
+    @property
+    def n_of_class(self) -> int:
+        return self.class_pictures if self.class_prompt else 0
+
+
 class JobSpec(Message):
     """Everything that a gpu needs to run one fine-tune."""
 
@@ -165,9 +187,45 @@ class JobSpec(Message):
     training_file: FileRef
     validation_file: FileRef | None = None
     sample_prompts: list[SamplePrompt] = Field(default=[], max_length=MAX_SAMPLE_PROMPTS)
+    concept: Concept | None = None  # of models that make pictures, where the training file has no captions
     continue_from: TunedModel | None = None  # trained further, with the same base model beneath
     rate_factor: float = Field(default=1.0, gt=0, le=1)  # of the learning rate: the training diverged and goes on
     checkpoints: list[Checkpoint] = Field(default=[], max_length=8)  # newest first: if one is damaged, the next
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+BatchEndpoint = Literal["/v1/chat/completions", "/v1/completions"]
+MAX_BATCH_ROWS = 50_000
+
+
+class RowSpan(Message):
+    """Rows of a batch's file, which count from 0; both ends belong to it."""
+
+    first: int = Field(ge=0, lt=MAX_BATCH_ROWS)
+    last: int = Field(ge=0, lt=MAX_BATCH_ROWS)
+
+
+class BatchSpec(Message):
+    """Everything that a gpu needs to answer the rows of a batch that nobody has answered yet."""
+
+    job_id: str
+    base_model: str
+    endpoint: BatchEndpoint
+    input_file: FileRef
+    total: int = Field(ge=1, le=MAX_BATCH_ROWS)
+    tuned: TunedModel | None = None  # the model of all rows, where that is not the base model
+    done: list[RowSpan] = Field(default=[], max_length=MAX_BATCH_ROWS)
+    is_last_try: bool = False  # leases before this one ended without an answer: now rows take what they get
+
+
+class RowAnswer(Message):
+    """What came of one row: a line of a part. A part is a blob, sent as a chunk, of rows that nobody had answered."""
+
+    row: int = Field(ge=0, lt=MAX_BATCH_ROWS)
+    status_code: int = Field(ge=100, le=599)
+    request_id: str = Field(max_length=100)
+    body: dict[str, Any]  # as of the live endpoint, an error included
 
 
 # --- enrolment and heartbeat -----------------------------------------------------------------------------------------
@@ -246,6 +304,12 @@ class GrantLease(Message):
     job: JobSpec
 
 
+class GrantBatch(Message):
+    kind: Literal["batch"] = "batch"
+    fence: int
+    job: BatchSpec
+
+
 class CancelLease(Message):
     """Stop work on this lease: cancelled by its owner, or given to another gpu."""
 
@@ -281,7 +345,9 @@ class LoadModel(Message):
     model: str
 
 
-Command = Annotated[GrantLease | CancelLease | PauseLease | Drain | Undrain | LoadModel, Field(discriminator="kind")]
+Command = Annotated[
+    GrantLease | GrantBatch | CancelLease | PauseLease | Drain | Undrain | LoadModel, Field(discriminator="kind")
+]
 
 
 class HeartbeatReply(Message):
@@ -336,6 +402,19 @@ class CheckpointStored(Message):
     checkpoint: Checkpoint
 
 
+class PartStored(Message):
+    """POST /gpu/jobs/{id}/parts, once its blob is stored: from here on its rows are answered, and never again."""
+
+    fence: Fence
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=1, le=MAX_CHUNK_BYTES)]
+
+
+class PartReply(Message):
+    done: int  # rows that are answered now
+    total: int
+
+
 class Release(Message):
     """POST /gpu/jobs/{id}/release: the lease is given back on purpose, after a checkpoint where one could be made.
 
@@ -360,13 +439,16 @@ class JobError(Message):
 
 
 class JobResult(Message):
-    """POST /gpu/jobs/{id}/finish, once the adapter's blobs are stored. Exactly one of `adapter` and `error`."""
+    """POST /gpu/jobs/{id}/finish, once the adapter's blobs are stored. Exactly one of `adapter` and `error`.
+
+    Of a batch neither: all of its rows are answered. An error of it is the batch's own, not a row's.
+    """
 
     fence: Fence
     adapter: AdapterManifest | None = None
     error: JobError | None = None
     trained_tokens: int = Field(default=0, ge=0, le=MAX_BYTES)
-    hyperparameters: Hyperparameters | None = None  # as resolved: no "auto" left
+    hyperparameters: Hyperparameters | None = None  # as resolved: "auto" only where it is of another kind of model
     reports: list[FileRef] = Field(default=[], max_length=4)  # REPORT_JSON and REPORT_HTML, blobs like the adapter's
 
     @field_validator("reports")

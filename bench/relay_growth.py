@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import insert
 
 import wire
-from relay.blobs import Blobs
+from relay.blobs import FolderBlobs
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs
@@ -114,7 +114,7 @@ async def _median_ms(do: Callable[[int], Awaitable[object]]) -> float:
 
 async def _times_ms(folder: Path, n_gpus: int, n_jobs: int) -> dict[str, float]:
     settings, clock = Settings(data_dir=folder), time.time
-    store, blobs = Store(settings.database), Blobs(folder / "blobs")
+    store, blobs = Store(settings.database), FolderBlobs(folder / "blobs")
     await store.open()
     blobs.open()
     try:

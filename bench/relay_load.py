@@ -126,7 +126,7 @@ async def flood(target: Target, connections: int, seconds: float) -> dict[str, f
     """As many whole answers as come, each connection asking again as soon as it has one."""
     request, took_ms = target.request(stream=False), list[float]()
     open_ones = await asyncio.gather(*(connect(target) for _ in range(connections)))
-    began = time.perf_counter()
+    began, spent_s = time.perf_counter(), time.process_time()
 
     async def ask_on(connection: Connection) -> None:
         while (asked := time.perf_counter()) < began + seconds:
@@ -137,7 +137,12 @@ async def flood(target: Target, connections: int, seconds: float) -> dict[str, f
     passed = time.perf_counter() - began
     for connection in open_ones:
         connection.close()
-    return {"rps": len(took_ms) / passed, "p50_ms": percentile(took_ms, 0.5), "p99_ms": percentile(took_ms, 0.99)}
+    return {
+        "rps": len(took_ms) / passed,
+        "p50_ms": percentile(took_ms, 0.5),
+        "p99_ms": percentile(took_ms, 0.99),
+        "cpu_s": time.process_time() - spent_s,
+    }
 
 
 async def paced(targets: Sequence[Target], rate: float, seconds: float) -> list[list[float]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import wire
-from gpu_service import costs, layers, models, prepare, train
+from gpu_service import costs, layers, learn_text, models, prepare, train
 from gpu_service import decoder as decoders
 from gpu_service import device as devices
 from gpu_service import plan as plans
@@ -23,7 +23,7 @@ from gpu_service.data import TokenStore
 from gpu_service.prefix import Chosen, Shelf
 from gpu_service.rows import Rows
 from gpu_service.settings import Settings
-from gpu_service.worker import token_s
+from gpu_service.speed import token_s
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         prefix_cache=True if spec["streamed"] else spec["prefix_cache"],
     )
     plan = plans.resolve(wanted, source, selection, store, length, device)
-    job = train.Job(source, selection, plan, store, None, 5)
+    job = learn_text.TextJob(source, selection, plan, store, None, 5)
     base = None if spec["streamed"] else models.read_base(source, device)
     decoder = decoders.build(source.family, source.config, device.torch)
     expected_s = expected(job, base, decoder, device) if base else None
@@ -91,7 +91,7 @@ def main() -> None:
     print(json.dumps(result | {"loss": validation(decoder, rows, checked, device)}))
 
 
-def expected(job: train.Job, base: models.Base, decoder: Any, device: devices.Device) -> float:
+def expected(job: learn_text.TextJob, base: models.Base, decoder: Any, device: devices.Device) -> float:
     """Seconds, as a preview says it before."""
     source, rows = job.source, Rows(base.weights)
     speed = costs.forward_flops(source.tensors, tied=source.tied) / token_s(decoder, rows, device.torch)
@@ -112,7 +112,7 @@ def held_bytes(source: models.Source) -> int:
 @torch.no_grad()
 def validation(decoder: Any, rows: Rows, store: TokenStore, device: devices.Device) -> float:
     """Cross entropy a labelled token, row by row."""
-    losses = [train.summed_loss(decoder, rows, store.batch([i], pad_id=0), 0, device) for i in range(len(store))]
+    losses = [learn_text.summed_loss(decoder, rows, store.batch([i], pad_id=0), 0, device) for i in range(len(store))]
     return float(torch.stack(losses).sum()) / store.report.learned_tokens
 
 

@@ -90,7 +90,8 @@ put_release() {
         ln -s "$VENV" "$release/.venv"
     else
         python3 -m venv "$release/.venv"
-        "$release/.venv/bin/pip" install --quiet --disable-pip-version-check -r "$release/relay/requirements.txt"
+        "$release/.venv/bin/pip" install --quiet --disable-pip-version-check -r "$release/relay/requirements.txt" \
+            -r "$release/relay/requirements-pictures.txt"
     fi
     touch "$release/.ready"
 }
@@ -106,7 +107,7 @@ prune_releases() {
 
 # Units name the places of a real machine; a test has them elsewhere.
 place() { # FROM TO MODE
-    sed -e "s|/opt/imfine|$opt|g; s|/etc/imfine|$etc|g; s|/var/lib/imfine|$state|g" \
+    sed -e "s|/opt/imfine|$opt|g; s|/etc/imfine|$etc|g; s|/var/lib/imfine|$state|g; s|/var/backups/imfine|$backups|g" \
         -e "s|imfine:imfine|$service_user:$service_user|; s|^\(User\|Group\)=imfine|\1=$service_user|" \
         -e "s|^user=imfine|user=$service_user|; s|user www-data|user $web_user|" "$1" >"$2.new"
     chmod "$3" "$2.new"
@@ -120,6 +121,8 @@ place_files() {
     chown "$service_user:" "$state" "$data" "$backups"
     sh deploy/secrets.sh "$etc/relay.env" "$data"
     place deploy/systemd/imfine-relay.service "$root/etc/systemd/system/$unit" 0644
+    place deploy/systemd/imfine-backup.service "$root/etc/systemd/system/imfine-backup.service" 0644
+    place deploy/systemd/imfine-backup.timer "$root/etc/systemd/system/imfine-backup.timer" 0644
     place deploy/systemd/nginx.conf "$root/etc/systemd/system/nginx.service.d/imfine.conf" 0644
     place deploy/imfine "$root/usr/local/bin/imfine" 0755
     TLS_DIR=$etc/tls sh deploy/certificate.sh first "$domain"
@@ -162,6 +165,7 @@ started_with() { # UNIT FILES...
 start_relay() {
     systemctl daemon-reload
     systemctl enable -q "$unit" nginx
+    systemctl enable -q --now imfine-backup.timer
     units=$root/etc/systemd/system
     if ! started_with relay "$units/$unit" "$etc/relay.env" || ! systemctl is-active -q "$unit"; then
         say 'Starting the relay'
@@ -192,13 +196,17 @@ urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sys.argv[1], t
 END
 }
 
+put_certificate_back() { TLS_DIR=$etc/tls sh "$current/deploy/certificate.sh" again "$root/etc/letsencrypt/live/imfine"; }
+
 fetch_certificate() {
+    put_certificate_back # whether or not Let's Encrypt can be asked now
     say "Asking Let's Encrypt for the certificate of $domain"
     certbot certonly --non-interactive --agree-tos --email "$email" --domain "$domain" --cert-name imfine \
         --webroot --webroot-path "$root/var/www/acme" --keep-until-expiring \
         --deploy-hook "sh $current/deploy/certificate.sh" ||
         die "the relay runs, with a certificate of its own that browsers refuse. Let $domain lead to this machine, open" \
             "ports 80 and 443, and run this again"
+    put_certificate_back
 }
 
 check_machine

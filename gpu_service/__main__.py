@@ -1,5 +1,6 @@
 """`python -m gpu_service`: settings from the environment, until SIGINT or SIGTERM."""
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -9,13 +10,19 @@ import sys
 
 import logs
 from gpu_service.service import Service, listen
-from gpu_service.settings import BadSetting, from_env
+from gpu_service.settings import TABLE, BadSetting, from_env
 from gpu_service.tunnel import TunnelFailed
 
 log = logging.getLogger("gpu_service")
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m gpu_service",
+        description="Serves and fine-tunes models on this machine's device. It takes no arguments, only variables:",
+        epilog="\n".join(f"  {name:22} {meaning}" for name, meaning in TABLE.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     try:
         settings = from_env()
         logs.configure(settings.log_level, settings.log_format, ("gpu_service",), told=(RuntimeError,))  # torch's words

@@ -19,32 +19,25 @@ from starlette.requests import ClientDisconnect
 
 import logs
 import wire
-from gpu_service import bodies, data_report, image, layers, plan
+from gpu_service import bodies, data_report, image, layers, plan, previews
+from gpu_service.answering import Answering, Prepared, Tuned
 from gpu_service.answers import UNEXPECTED, ended, frame, unless_gone
-from gpu_service.data import TrainOn, encode, render_chat
+from gpu_service.data import TrainOn
 from gpu_service.device import Device
 from gpu_service.drawing import PictureBody, PictureShape
-from gpu_service.errors import BadRequest, GpuError, NoSuchModel, PromptTooLong
+from gpu_service.errors import BadRequest, GpuError
 from gpu_service.gate import Gate, Identity
 from gpu_service.metrics import CONTENT_TYPE
 from gpu_service.models import Models, Source
 from gpu_service.sd import PictureSource
-from gpu_service.text import Event, Finish, Piece, PromptTold
-from gpu_service.worker import AdapterFiles, Generation, Worker
+from gpu_service.text import Event, Finish, PromptTold
+from gpu_service.worker import Worker
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 HEADERS = ((b"x-content-type-options", b"nosniff"),)
 CLIENT_CLOSED = 499  # nginx's number for a caller who left; nobody reads it
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A tuned model whose files are on this disk."""
-
-    base_model: str
-    adapter: AdapterFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +50,7 @@ class Parts:
     models: Models
     worker: Worker
     tokenizing: Executor  # tokenizers are fast, but not for a whole book on the event loop
+    packing: Executor  # pictures into files and out of them: seconds, for which no prompt waits
     tuned: Callable[[str], Awaitable[Tuned | None]]  # by model id; None where there is no such model
 
 
@@ -87,6 +81,7 @@ def create_app(parts: Parts) -> FastAPI:
 class _Routes:
     def __init__(self, parts: Parts) -> None:
         self._p = parts
+        self._answering = Answering(parts.models, parts.tokenizing, parts.tuned)
 
     async def healthz(self) -> dict[str, str]:
         """Open to all, and says nothing but that the process answers."""
@@ -113,7 +108,7 @@ class _Routes:
 
     async def get_model(self, model: str, request: Request) -> Response:
         await self._p.gate.admit(request)
-        source, tuned = await self._resolve(model)
+        source, tuned = await self._answering.resolve(model)
         found = next(m for m in self._p.models.offered() if m.id == source.id)
         extra = {"id": model, "base_model": source.id} if tuned else {}
         return JSONResponse({**self._model(found), **extra})
@@ -123,67 +118,55 @@ class _Routes:
 
     async def model_layers(self, model: str, request: Request, component: str | None = None) -> Response:
         await self._p.gate.admit(request)
-        source, _ = await self._resolve_either(model)
+        source, _ = await self._answering.resolve_either(model)
         told = {"model": source.id, "family": source.family, "tied": source.tied, "revision": source.revision}
         return JSONResponse({**told, **layers.describe(source.tensors, component)})
 
     async def preview(self, request: Request) -> Response:
         """What a layer spec would train, and what that costs; nothing runs."""
-        body = bodies.parse(bodies.PreviewBody, await self._p.gate.admit(request))
-        source, _ = await self._resolve_either(body.model)
+        body = bodies.parse(previews.PreviewBody, await self._p.gate.admit(request))
+        source, _ = await self._answering.resolve_either(body.model)
         # Off the event loop: a caller's regular expression may take its time.
-        speed = self._p.worker.flops_per_s(source.id)
-        return JSONResponse(await self._off_loop(lambda: self._previewed(source, body, speed)))
+        return JSONResponse(await self._answering.off_loop(lambda: self._previewed(source, body)))
 
-    def _previewed(self, source: Source | PictureSource, body: bodies.PreviewBody, speed: float | None) -> Any:
-        fits = isinstance(source, PictureSource) or self._p.models.fits(source.id, layers.quantize(body.specs))
-        return bodies.preview(source, body, self._p.device, speed, fits=fits)
+    def _previewed(self, source: Source | PictureSource, body: previews.PreviewBody) -> Any:
+        worker, device = self._p.worker, self._p.device
+        if isinstance(source, PictureSource):
+            return previews.of_pictures(source, body, device, worker.picture_s(source.id))
+        fits = self._p.models.fits(source.id, layers.quantize(body.specs))
+        return previews.of_text(source, body, device, worker.flops_per_s(source.id), fits=fits)
 
     async def data_report(self, request: Request) -> Response:
         """What a model will see of some rows; nothing is kept."""
         body = bodies.parse(data_report.ReportBody, await self._p.gate.admit(request))
-        source, _ = await self._resolve(body.model)
+        source, _ = await self._answering.resolve(body.model)
         length = plan.max_length(body.max_length_tokens, source)
         train_on: TrainOn = "completions" if body.train_on == "auto" else body.train_on
         return JSONResponse(
-            await self._off_loop(lambda: data_report.build(source.tokenizer, source.id, body.rows, length, train_on))
+            await self._answering.off_loop(
+                lambda: data_report.build(source.tokenizer, source.id, body.rows, length, train_on)
+            )
         )
 
     async def chat(self, request: Request) -> Response:
-        body = bodies.parse(bodies.ChatBody, await self._p.gate.admit(request))
-        source, tuned = await self._resolve(body.model)
-
-        def tokens() -> list[int]:
-            messages = [m.plain() for m in body.messages]
-            return encode(source.tokenizer, render_chat(source.tokenizer, messages, add_generation_prompt=True),
-                          special=False, param="messages")  # fmt: skip
-
-        prompt = await self._off_loop(tokens)
-        return await self._answer(request, body, source, tuned, prompt, "messages")
+        raw = await self._p.gate.admit(request)
+        return await self._answer(request, await self._answering.chat(raw, _caller(request)))
 
     async def completion(self, request: Request) -> Response:
-        body = bodies.parse(bodies.CompletionBody, await self._p.gate.admit(request))
-        source, tuned = await self._resolve(body.model)
-        text = body.text()
-        prompt = await self._off_loop(lambda: encode(source.tokenizer, text, special=True))
-        if not prompt and source.tokenizer.bos_token_id is not None:
-            prompt = [source.tokenizer.bos_token_id]
-        if not prompt:
-            raise BadRequest(
-                "prompt is empty, and this model has no token to begin with: give some text.", param="prompt"
-            )
-        return await self._answer(request, body, source, tuned, prompt, "prompt")
+        raw = await self._p.gate.admit(request)
+        return await self._answer(request, await self._answering.completion(raw, _caller(request)))
 
     async def pictures(self, request: Request) -> Response:
         body = bodies.parse(PictureBody, await self._p.gate.admit(request))
-        known = body.model in self._p.models.ids()
-        source = self._p.models.picture_source(body.model if known else (await self._resolve(body.model))[0].id)
-        caller = request.headers.get(wire.HEADER_CALLER, "")
-        wanted = await self._off_loop(lambda: body.wanted(source, caller))
-        shape, shown = PictureShape.new(body, wanted), self._p.worker.draw(wanted)
+        either, tuned = await self._answering.resolve_either(body.model)
+        source = self._p.models.picture_source(either.id)
+        caller = _caller(request)
+        wanted = await self._packing(lambda: body.wanted(source, caller))
+        shape, shown = PictureShape.new(body, wanted), self._p.worker.draw(wanted, tuned.adapter if tuned else None)
         first = await unless_gone(request, anext(shown))
+        tells = wire.HEADER_CALLER in request.headers
         if body.stream:
-            frames = self._picture_frames(shape, _with(first, shown))
+            frames = self._picture_frames(shape, _with(first, shown), tells)
             return StreamingResponse(
                 ended(frames), media_type="text/event-stream", headers={"cache-control": "no-store"}
             )
@@ -191,73 +174,51 @@ class _Routes:
         async def whole() -> dict[str, Any]:
             async with aclosing(_with(first, shown)) as pictures:  # type: ignore[type-var]
                 made = [picture async for picture in pictures]
-            return await self._off_loop(lambda: shape.whole(made))
+            return await self._packing(lambda: shape.whole(made))
 
-        return JSONResponse(await unless_gone(request, whole()))
+        answer = await unless_gone(request, whole())
+        used = answer["usage"]
+        headers = {wire.HEADER_USAGE: f"{used['input_tokens']},{used['output_tokens']}"} if tells else None
+        return JSONResponse(answer, headers=headers)
 
-    async def _picture_frames(self, shape: PictureShape, shown: AsyncIterator[image.Shown]) -> AsyncIterator[bytes]:
+    async def _picture_frames(
+        self, shape: PictureShape, shown: AsyncIterator[image.Shown], tells: bool
+    ) -> AsyncIterator[bytes]:
+        """What is drawn is told as it is shown: a caller may leave with a picture that is nearly done."""
+        drawn: dict[int, int] = {}
         async with aclosing(shown):  # type: ignore[type-var]
+            if tells:
+                yield _used(shape.read, 0)
             async for picture in shown:
-                yield frame(await self._off_loop(partial(shape.event, picture)))
+                yield frame(await self._packing(partial(shape.event, picture)))
+                drawn[picture.index] = shape.drawn(picture)
+                if tells:
+                    yield _used(shape.read, sum(drawn.values()))
 
-    async def _answer(
-        self,
-        request: Request,
-        body: bodies.ChatBody | bodies.CompletionBody,
-        source: Source,
-        tuned: Tuned | None,
-        prompt: list[int],
-        param: str,
-    ) -> Response:
-        room = source.context_tokens - len(prompt)
-        if room < min(1, body.wanted_tokens):
-            raise PromptTooLong(len(prompt), source.context_tokens, param=param)
-        wanted = Generation(
-            base_model=source.id,
-            adapter=tuned.adapter if tuned else None,
-            prompt=prompt,
-            sampling=body.sampling(min(room, body.wanted_tokens), source, body.wanted_logprobs),
-            dials=body.dials_for(source.tensors, source.n_layers),
-            n=body.n or 1,
-            tell_prompt=isinstance(body, bodies.CompletionBody) and body.tells_prompt,
-            caller=request.headers.get(wire.HEADER_CALLER, ""),
-            alone=body.deterministic,
-            shorten=isinstance(body, bodies.ChatBody) and not body.names_limit,
-        )
-        shape = bodies.AnswerShape.new(isinstance(body, bodies.ChatBody), body.model, source.token_text)
-        echo = body.text() if isinstance(body, bodies.CompletionBody) and body.echo else ""
+    async def _packing(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._p.packing, work)
+
+    async def _answer(self, request: Request, prepared: Prepared) -> Response:
+        body, wanted, shape = prepared.body, prepared.wanted, prepared.shape
         events = self._p.worker.generate(wanted)
         # The first event comes before the status is sent, so that what fails at the start has a status of its own.
         first = await unless_gone(request, anext(events))
         tells = wire.HEADER_CALLER in request.headers  # a relay asks, which counts for its users
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            told = len(prompt) if tells else None
-            frames = _frames(shape, _with(first, events), wanted.n, echo, wanted.tell_prompt, usage, told)
+            told = len(wanted.prompt) if tells else None
+            frames = _frames(shape, _with(first, events), wanted.n, prepared.echo, wanted.tell_prompt, usage, told)
             return StreamingResponse(
                 ended(frames), media_type="text/event-stream", headers={"cache-control": "no-store"}
             )
-        answer = await unless_gone(request, _whole(shape, _with(first, events), wanted.n, echo))
+        answer = await unless_gone(request, prepared.whole(_with(first, events)))
         used = answer["usage"]
         headers = {wire.HEADER_USAGE: f"{used['prompt_tokens']},{used['completion_tokens']}"} if tells else None
         return JSONResponse(answer, headers=headers)
 
-    async def _resolve(self, model: str) -> tuple[Source, Tuned | None]:
-        """A model of text. Raises NoSuchModel, naming those that exist, and OtherKind."""
-        source, tuned = await self._resolve_either(model)
-        return self._p.models.source(source.id), tuned
 
-    async def _resolve_either(self, model: str) -> tuple[Source | PictureSource, Tuned | None]:
-        """Raises NoSuchModel, naming those that exist."""
-        if model in self._p.models.ids():
-            return self._p.models.either_source(model), None
-        tuned = await self._p.tuned(model)
-        if tuned is None:
-            raise NoSuchModel(model, self._p.models.ids())
-        return self._p.models.either_source(tuned.base_model), tuned
-
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._p.tokenizing, work)
+def _caller(request: Request) -> str:
+    return request.headers.get(wire.HEADER_CALLER, "")
 
 
 async def _with(first: T, events: AsyncIterator[T]) -> AsyncIterator[T]:
@@ -266,25 +227,6 @@ async def _with(first: T, events: AsyncIterator[T]) -> AsyncIterator[T]:
         yield first
         async for event in events:
             yield event
-
-
-async def _whole(shape: bodies.AnswerShape, events: AsyncIterator[Event], n: int, echo: str) -> dict[str, Any]:
-    answers, finishes = [bodies.Answer(echo) for _ in range(n)], []
-    async with aclosing(events):  # type: ignore[type-var]
-        async for event in events:
-            if isinstance(event, PromptTold):
-                for answer in answers:
-                    answer.drawn, answer.offsets = event.drawn, shape.offsets(event.drawn, echo, 0)
-                continue
-            answer = answers[event.index]
-            if isinstance(event, Piece):
-                answer.offsets += shape.offsets(event.drawn, event.text, len(answer.text))
-                answer.text += event.text
-                answer.drawn += event.drawn
-            else:
-                answer.reason = event.reason
-                finishes.append(event)
-    return shape.whole(answers, finishes)
 
 
 async def _frames(

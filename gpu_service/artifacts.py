@@ -179,8 +179,7 @@ def _expected_shapes(meta: AdapterMeta, model: Mapping[str, TensorInfo]) -> dict
         raise BadAdapter(f"The adapter has lora for {_some(unfit)}, which can't be adapted.", param="model")
     shapes = {name: shape for name, shape in meta.tensors.items() if name not in meta.lora}
     for name, how in meta.lora.items():
-        out_size, in_size = meta.tensors[name]
-        shapes |= {lora_key(name, ending): shape for ending, shape in how.shapes(out_size, in_size).items()}
+        shapes |= {lora_key(name, ending): shape for ending, shape in how.shapes(*model[name].matrix).items()}
     return shapes
 
 

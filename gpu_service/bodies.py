@@ -16,15 +16,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import wire
-from gpu_service import costs, layers
-from gpu_service import plan as plans
-from gpu_service.device import Device
+from gpu_service import layers
 from gpu_service.errors import BadRequest, NotYet
-from gpu_service.layers import Selection, TensorInfo
+from gpu_service.layers import TensorInfo
 from gpu_service.models import Source
 from gpu_service.rows import Dials
 from gpu_service.sampling import Drawn, Sampling
-from gpu_service.sd import PictureSource
 from gpu_service.text import Finish
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "wait_s"} | {
@@ -41,8 +38,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
 }
-PREVIEW_ROWS, PREVIEW_TOKENS = 4, 256  # the micro-batch whose memory a preview states where no data is named
-FILE_BYTES_PER_TOKEN = 5  # of a JSONL file: about four of text, and what JSON adds
 MOST_ANSWERS = 8  # to one prompt
 DEFAULT_CHAT_TOKENS = 2048  # an answer ends here when the caller names no limit, for its memory is set aside at once
 DEFAULT_COMPLETION_TOKENS = 16  # as the OpenAI API has it for /v1/completions
@@ -230,125 +225,6 @@ class CompletionBody(GenerationBody):
         if len(self.prompt) != 1:
             raise NotYet(f"prompt has {len(self.prompt)} texts: send one a request.", param="prompt")
         return self.prompt[0]
-
-
-class DataSize(Body):
-    """Of a training file, as the relay tells it."""
-
-    rows: Annotated[int, Field(ge=1, le=10**9)]
-    bytes: Annotated[int, Field(ge=1, le=10**15)]
-
-
-class PreviewBody(Body):
-    model: str
-    layers: wire.LayerSpec | Annotated[list[wire.LayerSpec], Field(min_length=1, max_length=16)]
-    data: DataSize | None = None  # with it, the time that training takes
-    hyperparameters: wire.Hyperparameters = wire.Hyperparameters()
-
-    @property
-    def specs(self) -> list[wire.LayerSpec]:
-        return self.layers if isinstance(self.layers, list) else [self.layers]
-
-
-def preview(
-    source: Source | PictureSource, body: PreviewBody, device: Device, flops_per_s: float | None, *, fits: bool
-) -> dict[str, Any]:
-    """What a layer spec trains and what it costs.
-
-    `flops_per_s`: of this device with this model, if it is known. `fits`: all of the model is in memory, or could be.
-    """
-    selection = layers.select(source.tensors, body.specs, tied=source.tied)
-    itemsize = device.precision.dtype.itemsize
-    if isinstance(source, PictureSource):
-        if selection.quantize != "none":
-            raise NotYet("A model that makes pictures is not quantised: leave quantize out.", param="layers")
-        cost = source.cost(selection, 1, itemsize)
-        told = {
-            "checkpoint_bytes": costs.checkpoint_bytes(selection),
-            "batch": {"rows": 1, "width": source.native, "height": source.native},
-        }
-        notes = ["Models that make pictures are not trained yet: this is what it would take."]
-    else:
-        cost, told = _text_cost(source, selection, body, device, flops_per_s, fits)
-        notes = [] if flops_per_s else ["No time is said: this gpu measures a model's speed when it loads it."]
-    return {
-        "object": "layers.preview",
-        "model": source.id,
-        "summary": costs.summary(selection, cost),
-        "selected_tensors": selection.n_tensors,
-        "total_tensors": selection.total_tensors,
-        "trainable_parameters": selection.n_trainable,
-        "total_parameters": selection.total_params,
-        "lowest_layer": selection.lowest_layer,
-        "memory_bytes": {
-            "weights": cost.weights_bytes,
-            "gradients": cost.gradients_bytes,
-            "optimizer": cost.optimizer_bytes,
-            "activations": cost.activations_bytes,
-            "adapter": cost.adapter_bytes,
-            "total": cost.total,
-        },
-        **told,
-        "notes": [*selection.notes, *notes],
-        "tensors": [_chosen(t, t.n_params, "full") for t in selection.full]
-        + [_chosen(t.tensor, t.n_params, "dora" if t.dora else "lora") for t in selection.lora],
-    }
-
-
-def _chosen(tensor: TensorInfo, parameters: int, method: str) -> dict[str, Any]:
-    named = {"block": tensor.block} if tensor.block else {}
-    told = {"name": tensor.name, "shape": list(tensor.shape), "part": tensor.part, "layer": tensor.layer}
-    return {**told, **named, "method": method, "parameters": parameters}
-
-
-def _text_cost(
-    source: Source, selection: Selection, body: PreviewBody, device: Device, flops_per_s: float | None, fits: bool
-) -> tuple[costs.Estimate, dict[str, Any]]:
-    """Memory, and what else a preview tells of a text model."""
-    wanted, rows, tokens = body.hyperparameters, PREVIEW_ROWS, PREVIEW_TOKENS
-    if body.data:
-        longest = plans.max_length(wanted.max_length_tokens, source)
-        tokens = min(longest, max(1, body.data.bytes // body.data.rows // FILE_BYTES_PER_TOKEN))  # of a usual row
-        rows = plans.micro_rows(wanted, source, selection, plans.batch_rows(wanted, body.data.rows), tokens, device)
-    itemsize = device.precision.dtype.itemsize
-    epochs, seen = (
-        (plans.n_epochs(wanted, body.data.rows), body.data.rows * tokens) if body.data else (1, rows * tokens)
-    )
-    on_disk = costs.prefix_bytes(selection, source.shape, seen, itemsize)
-    times, asked = {}, None if wanted.prefix_cache == "auto" else wanted.prefix_cache
-    streamed = plans.streams(wanted, selection, fits)
-    if flops_per_s:
-        flops = costs.training_flops(selection, source.tensors, tied=source.tied)
-        time = costs.training_time(flops, seen, epochs, flops_per_s, on_disk, asked=streamed or asked)
-        slice_flops = max(flops.above, flops.below) if time.cached else flops.above + flops.below
-        times["chat_pause_s"] = round(rows * tokens * slice_flops / flops_per_s, 2)
-        if body.data:
-            times["time_s"] = round(time.seconds, 1)
-            on_disk = on_disk if time.cached else 0
-    memory = plans.Memory(source, selection, device, tokens, wanted)
-    moments, keeps_best = plans.MOMENTS_BYTES[memory.optimizer], wanted.early_stop_patience not in ("auto", 0)
-    told = {
-        # Of the data set that was named, where its output is kept; without data, of one batch.
-        "prefix_bytes": on_disk,
-        "checkpoint_bytes": costs.checkpoint_bytes(selection, moments, keeps_best=keeps_best),
-        **times,
-        "batch": {"rows": rows, "tokens": tokens},
-        # As "auto" would choose them now.
-        "optimizer": memory.optimizer,
-        "activation_checkpointing": memory.checkpointing(rows),
-        "stream_layers": streamed,
-    }
-    cost = source.cost(
-        selection,
-        rows,
-        tokens,
-        itemsize,
-        checkpointing=memory.checkpointing(rows),
-        moments_bytes_per_param=moments,
-        keeps_best=keeps_best,
-        streamed=streamed,
-    )
-    return cost, told
 
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)

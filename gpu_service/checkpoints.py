@@ -58,7 +58,8 @@ class Stored:
 
 def job_hash(spec: wire.JobSpec, revision: str) -> str:
     """What must be the same for a state to be this job's: its spec, and the base model's revision."""
-    told = spec.model_dump(mode="json", exclude={"checkpoints", "rate_factor"})
+    # What says nothing is left out, so that a field which a later version adds changes no job that lacks it.
+    told = spec.model_dump(mode="json", exclude={"checkpoints", "rate_factor"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps([told, revision], sort_keys=True).encode()).hexdigest()
 
 

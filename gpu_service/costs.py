@@ -114,6 +114,7 @@ def picture_estimate(
     rows: int,
     bytes_per_param: int,
     moments_bytes_per_param: int = 8,
+    keeps_best: bool = False,
 ) -> Estimate:
     """What a micro-batch of `rows` pictures needs, whose latents are `side` x `side`.
 
@@ -128,7 +129,7 @@ def picture_estimate(
     return Estimate(
         weights_bytes=bytes_per_param * sum(t.n_params for t in tensors),
         gradients_bytes=4 * n,
-        optimizer_bytes=_optimizer_bytes(selection, moments_bytes_per_param, keeps_best=False),
+        optimizer_bytes=_optimizer_bytes(selection, moments_bytes_per_param, keeps_best),
         activations_bytes=rows * kept * bytes_per_param + cast,
         adapter_bytes=4 * n,
     )
@@ -180,7 +181,7 @@ def _optimizer_bytes(selection: Selection, moments_bytes_per_param: int, keeps_b
     """Moments, which small tensors keep in fp32 whatever was asked, and the best numbers so far."""
     sizes = [t.n_params for t in selection.full]
     for target in selection.lora:
-        sizes += [target.rank * side for side in target.tensor.shape] + [target.tensor.shape[0]] * target.dora
+        sizes += [target.rank * side for side in target.tensor.matrix] + [target.tensor.shape[0]] * target.dora
     moments = sum(n * (moments_bytes_per_param if n >= SMALLEST_8BIT else 8) for n in sizes)
     return moments + 4 * keeps_best * sum(sizes)
 
@@ -250,6 +251,11 @@ def training_time(
         return Time(forward_s + epochs * rest_s + (1 + epochs) * disk_s, True, f"saves about {max(0.0, gain_s):.0f} s")
     why = "nothing lies below" if not prefix_bytes else "would save too little" if possible else "prefix_cache is false"
     return Time(epochs * (forward_s + rest_s), False, why)
+
+
+def picture_training_s(picture_s: float, pictures: float, resolution: int, native: int) -> float:
+    """Of so many pictures through a step; `picture_s` is a pass forward at the native size. A pass back takes two."""
+    return 3 * pictures * picture_s * (resolution / native) ** 2
 
 
 def held(tensors: Sequence[TensorInfo], selection: Selection, *, tied: bool) -> list[TensorInfo]:

@@ -19,6 +19,7 @@ class Course:
 
     step: int = 0  # optimizer steps done; with the seed it says which rows come next
     tokens: int = 0  # seen so far, padding not counted
+    unit: float = 1.0  # what a loss that is one nat elsewhere would be here
     validations: int = 0  # the first is due before step 1, then one after each epoch
     train_loss: float | None = None
     valid_loss: float | None = None  # the last one
@@ -49,7 +50,9 @@ class Course:
     @property
     def rise(self) -> float:
         """Of the mean loss above its least, in nats."""
-        return 0.0 if self.mean_loss is None or self.least_mean is None else self.mean_loss - self.least_mean
+        if self.mean_loss is None or self.least_mean is None:
+            return 0.0
+        return (self.mean_loss - self.least_mean) / self.unit
 
     @property
     def has_exploded(self) -> bool:
@@ -90,7 +93,8 @@ class Course:
         numbers += [x for point in [*self.losses, *self.validated] for x in point]
         counts = (self.step, self.tokens, self.validations, self.best_step, self.in_vain)
         finite = all(x is None or math.isfinite(x) for x in numbers)
-        return finite and min(counts) >= 0 and self.every >= 1 and len(self.losses) <= MOST_POINTS
+        bounded = self.every >= 1 and len(self.losses) <= MOST_POINTS and 1 <= self.unit < math.inf
+        return finite and min(counts) >= 0 and bounded
 
 
 def perplexity(loss: float) -> float | None:

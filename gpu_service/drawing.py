@@ -4,14 +4,11 @@ The OpenAI shape, with fields of our own: https://platform.openai.com/docs/api-r
 """
 
 import base64
-import binascii
 import io
 import json
-import math
 import re
 import secrets
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -23,19 +20,19 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 from torch import Tensor
 
+import picture
 from gpu_service import unet
 from gpu_service.bodies import Body, EpsGain, Gain
-from gpu_service.errors import BadRequest, NotYet, PromptTooLong
+from gpu_service.errors import BadRequest, NotYet
 from gpu_service.image import Shown, Wanted
 from gpu_service.sd import SCHEDULERS, PictureSource
 from gpu_service.unet import Part, UnetDials
+from picture import BadPicture
 
-MOST_PICTURES = 8  # of one request
-MOST_CHUNKS = 4  # of a prompt, each as long as the text encoder reads at once
+MOST_PICTURES = 10  # of one request
+JPEG_QUALITY = 95
 MOST_PREVIEWS = 10
 LARGER = 2  # times the side that a model was trained on; beyond, it repeats itself and memory grows with the square
-GIVEN_SIDE = 8192  # pixels, of a picture to begin with
-GIVEN_PIXELS = 32 * 10**6
 SETTINGS_KEY = "im-fine"  # of the PNG's text
 
 
@@ -80,9 +77,8 @@ class PictureBody(Body):
     ignored = frozenset({"user", "safety_identifier", "wait_s", "moderation"})
     neutral = {  # noqa: RUF012
         "background": ("auto", "opaque"),
-        "quality": ("auto", "standard"),
+        "quality": ("auto", "standard", "hd", "low", "medium", "high"),  # of drawing, which is what `steps` says
         "style": ("vivid", "natural"),
-        "output_compression": (100,),
     }
 
     model: str
@@ -97,8 +93,10 @@ class PictureBody(Body):
     image: str | None = None  # base64, or a data URL
     strength: float = Field(default=0.8, gt=0, le=1)
     dials: str | PictureDials | None = None
+    fast: bool = False
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "webp", "jpeg"] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=MOST_PREVIEWS)] | None = None
 
@@ -110,8 +108,8 @@ class PictureBody(Body):
         """Reads the picture to begin with, so not on the event loop. Raises BadRequest."""
         if self.response_format == "url":
             raise NotYet("Pictures come as b64_json: there is no address to fetch them from.", param="response_format")
-        if self.format == "jpeg":
-            raise NotYet("Pictures come as png or webp.", param="output_format")
+        if self.format == "png" and self.output_compression not in (None, 100):
+            raise BadRequest("A png loses nothing: use webp or jpeg, or leave it out.", param="output_compression")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise BadRequest(
                 f"There is no scheduler '{self.scheduler}': use {', '.join(SCHEDULERS)}, or leave it out for the "
@@ -122,7 +120,7 @@ class PictureBody(Body):
         width, height = self._size(source, given)
         if given is not None and int(self.steps * self.strength) < 1:
             raise BadRequest("steps x strength is below 1, so nothing would be drawn: raise one.", param="strength")
-        prompt, negative = _chunks(source, self.prompt, self.negative_prompt)
+        prompt, negative = source.chunks(self.prompt, self.negative_prompt)
         first = secrets.randbelow(2**32) if self.seed is None else self.seed
         return Wanted(
             base_model=source.id,
@@ -138,6 +136,7 @@ class PictureBody(Body):
             start=None if given is None else _as_tensor(given, width, height),
             strength=self.strength,
             previews=(self.partial_images or 0) if self.stream else 0,
+            fast=self.fast,
             caller=caller,
         )
 
@@ -170,57 +169,18 @@ class PictureBody(Body):
         return sides
 
 
-def _chunks(source: PictureSource, prompt: str, negative: str) -> tuple[Tensor, Tensor]:
-    """(C, 77) token ids each, of equally many chunks: what a text encoder reads at once, again and again.
-
-    Raises PromptTooLong rather than cut.
-    """
-    tokenizer, length = source.tokenizer, source.context_tokens
-    told = []
-    for text, param in ((prompt, "prompt"), (negative, "negative_prompt")):
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        room = length - 2  # start and end stand around each chunk
-        if len(ids) > MOST_CHUNKS * room:
-            raise PromptTooLong(len(ids), MOST_CHUNKS * room, param=param, answer=False)
-        told.append([ids[at : at + room] for at in range(0, max(1, len(ids)), room)])
-    count = max(len(chunks) for chunks in told)
-    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-
-    def padded(chunk: list[int]) -> list[int]:
-        return [start, *chunk, end, *[pad] * (length - 2 - len(chunk))]
-
-    first, second = (
-        torch.tensor([padded(chunks[n] if n < len(chunks) else []) for n in range(count)]) for chunks in told
-    )
-    return first, second
-
-
 def _given(text: str) -> Image.Image:
-    """The picture to begin with, in RGB. Its header is read before its pixels are unpacked. Raises BadRequest."""
+    """The picture to begin with, in RGB. Raises BadRequest."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
-        raw = base64.b64decode(text, validate=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            opened = Image.open(io.BytesIO(raw), formats=("PNG", "JPEG", "WEBP"))
-        if max(opened.size) > GIVEN_SIDE or math.prod(opened.size) > GIVEN_PIXELS:
-            raise BadRequest(
-                f"image is {opened.width} x {opened.height}: send at most {GIVEN_PIXELS / 1e6:.0f} megapixels.",
-                param="image",
-            )
-        if getattr(opened, "n_frames", 1) > 1:
-            raise BadRequest("image moves: send a single picture.", param="image")
-        if opened.mode.startswith(("I", "F")):
-            raise BadRequest("image has more than 8 bits a channel: save it with 8.", param="image")
-        whole = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
-        raise BadRequest(
-            "image can't be read: send a whole PNG, JPEG or WebP file as base64 or as a data URL.", param="image"
-        ) from exc
-    sheet = Image.new("RGBA", whole.size, "white")
-    sheet.alpha_composite(whole)
-    return sheet.convert("RGB")
+        data = base64.b64decode("".join(text.split()), validate=True)  # with or without line breaks
+    except ValueError as exc:
+        raise BadRequest("image is no base64 of a file, nor a data URL.", param="image") from exc
+    try:
+        return picture.decoded(data)
+    except BadPicture as exc:
+        raise BadRequest(f"image {exc.message}.", param="image", code=exc.code) from exc
 
 
 def _as_tensor(picture: Image.Image, width: int, height: int) -> Tensor:
@@ -282,9 +242,20 @@ class PictureShape:
         return f"{self.wanted.width}x{self.wanted.height}"
 
     @property
+    def read(self) -> int:
+        """Tokens of the prompt."""
+        return self.wanted.prompt.numel()
+
+    def drawn(self, shown: Shown) -> int:
+        """Steps that went into a picture before it was shown."""
+        if shown.preview is None:
+            return self.wanted.steps
+        return self.wanted.steps * (shown.preview + 1) // (self.wanted.previews + 1)
+
+    @property
     def _usage(self) -> dict[str, Any]:
         """Text is counted as the text encoder reads it; of a picture, each UNet step counts one."""
-        read, drawn = self.wanted.prompt.numel(), len(self.wanted.seeds) * self.wanted.steps
+        read, drawn = self.read, len(self.wanted.seeds) * self.wanted.steps
         return {
             "input_tokens": read,
             "input_tokens_details": {"image_tokens": 0, "text_tokens": read},
@@ -294,10 +265,14 @@ class PictureShape:
 
     def _encoded(self, shown: Shown) -> str:
         picture, file = Image.fromarray(shown.pixels.numpy()), io.BytesIO()
-        if self.body.format == "webp":
+        given = self.body.output_compression
+        if self.body.format == "webp" and given in (None, 100):
             picture.save(file, "WEBP", lossless=True)
+        elif self.body.format in ("webp", "jpeg"):
+            picture.save(file, self.body.format.upper(), quality=JPEG_QUALITY if given is None else given)
         else:
-            picture.save(file, "PNG", pnginfo=self._told(shown))
+            hurried = {} if shown.preview is None else {"compress_level": 1}
+            picture.save(file, "PNG", pnginfo=self._told(shown), **hurried)
         return base64.b64encode(file.getvalue()).decode()
 
     def _told(self, shown: Shown) -> PngInfo:
@@ -316,6 +291,8 @@ class PictureShape:
         }
         if wanted.start is not None:
             told["strength"] = wanted.strength
+        if wanted.fast:
+            told["fast"] = True
         info = PngInfo()
         info.add_text(SETTINGS_KEY, json.dumps(told))  # ASCII, so that it is a plain tEXt chunk
         return info

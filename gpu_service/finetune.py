@@ -1,23 +1,23 @@
-"""One fine-tune: fetch, tokenise, plan, train, and what came of it as an adapter and a report.
+"""One fine-tune: fetch, plan, train, and what came of it as an adapter and a report.
 
-Knows what to do in which order; the worker knows how to compute it, the reporter how to word it.
+Knows what to do in which order; the worker knows how to compute it, the reporter how to word it. What differs between
+models of text and those that make pictures is theirs: finetune_text.py and finetune_pictures.py.
 """
 
 import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import wire
 from adapter import AdapterMeta
-from gpu_service import artifacts, costs, layers, report, samples, train, trainable
-from gpu_service import plan as plans
+from gpu_service import artifacts, costs, layers, report, train, trainable
 from gpu_service.artifacts import Adapter, BlobCache, file_ref
 from gpu_service.checkpoints import Stored
 from gpu_service.data import TokenStore
@@ -26,30 +26,41 @@ from gpu_service.layers import Selection
 from gpu_service.lease import Lease, persist
 from gpu_service.link import Link
 from gpu_service.models import Models, Source
+from gpu_service.picture_data import PictureStore
 from gpu_service.plan import Plan
 from gpu_service.prefix import Chosen, Working
 from gpu_service.probe import Ready
 from gpu_service.reporter import Reporter
 from gpu_service.samples import Prompt
-from gpu_service.worker import Worker
+from gpu_service.sd import PictureSource
+from gpu_service.worker import AnyJob, Worker
 
-SAID_EVERY_S = 10.0  # of the rows that are tokenised
+SAID_EVERY_S = 10.0  # of the rows that are brought into form
 OVERHEAD_BYTES = 2**20  # of headers, descriptions, curves, reports and random states, at most
 
 Reason = Literal["paused", "drained", "leaving"]
+S = TypeVar("S", Source, PictureSource)
+D = TypeVar("D", TokenStore, PictureStore)
 
 
 class GivenBack(Exception):
     """The run stopped on purpose, after a checkpoint where one could be made."""
 
 
+class Keeping(Protocol):
+    """What stores how far the work is."""
+
+    def now(self) -> None:
+        """At the next occasion; then the work ends."""
+
+
 @dataclass
 class Run:
-    """A lease in work. `lease` is set while it trains: only then is there anything to checkpoint."""
+    """A lease in work. `lease` is set while it works: only then is there anything to keep."""
 
     task: asyncio.Task[None] | None = None
-    phase: Literal["preparing", "training", "ending"] = "preparing"
-    lease: Lease | None = None
+    phase: Literal["preparing", "working", "ending"] = "preparing"
+    lease: Keeping | None = None
     reason: Reason | None = None  # why it is to be given back
     needed_bytes: int = 0  # of the device's memory, as estimated
 
@@ -78,16 +89,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Data:
+class Data(Generic[D]):
     """What a run learns from and is asked."""
 
-    store: TokenStore
-    validation: TokenStore | None
+    store: D
+    validation: D | None
     prompts: Sequence[Prompt]
     begin: Adapter | None
 
 
-class FineTune:
+class FineTune(ABC, Generic[S, D]):
+    """What all fine-tunes have in common; below stands what differs by the kind of model."""
+
     def __init__(
         self,
         link: Link,
@@ -104,7 +117,7 @@ class FineTune:
     async def run(self, reporter: Reporter, lease: Lease, run: Run) -> Outcome:
         """Raises GivenBack once a checkpoint that was asked for is stored, and GpuError for whatever fails the job."""
         spec = self._spec
-        source = self._models.source(spec.base_model)
+        source = self._source()
         selection = await asyncio.to_thread(layers.select, source.tensors, spec.layers, tied=source.tied)
         data = await self._fetch(source, reporter)
         found = await lease.newest(selection, source.revision)
@@ -124,8 +137,8 @@ class FineTune:
         if plan.stream_layers and prompts:
             reporter.say("Streamed layers are never all here, so there are no answers to prompts.")
             prompts = ()
-        job = train.Job(source, selection, plan, data.store, data.validation, spec.seed, prompts, data.begin)
-        started = time.monotonic()
+        job = self._job(source, selection, plan, replace(data, prompts=prompts))
+        started = said_at = time.monotonic()
         trained: train.Trained | None = None
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(lease)
@@ -133,16 +146,19 @@ class FineTune:
             progress = await stack.enter_async_context(
                 aclosing(self._worker.train(job, start=start, wanted=lease.wanted))  # type: ignore[type-var]
             )
-            run.phase, run.lease = "training", lease
+            run.phase, run.lease = "working", lease
             async for item in progress:
                 elapsed_s = before_s + time.monotonic() - started
                 match item:
                     case Working():
                         if run.reason:  # nothing has been trained since the last checkpoint
                             raise GivenBack
+                        if time.monotonic() - said_at > SAID_EVERY_S:
+                            said_at = time.monotonic()
+                            reporter.say(f"Before the first step: {100 * item.done // max(1, item.of)} % is prepared.")
                     case Chosen():
                         reporter.begins(start.step if start else 0)
-                        _say_chosen(reporter, item, plan, goes_on=start is not None)
+                        self._say_chosen(reporter, item, plan, goes_on=start is not None)
                         plan = replace(plan, prefix_cache=item.cached)
                     case Ready():
                         plan = replace(plan, micro_rows=item.plan.micro_rows)
@@ -170,30 +186,38 @@ class FineTune:
         told = self._told(source, selection, data, plan, trained, elapsed_s)
         return Outcome(adapter, await asyncio.to_thread(report.build, told))
 
-    async def _fetch(self, source: Source, reporter: Reporter) -> Data:
-        """Fetched and tokenised; files that other jobs let go stay for that long."""
-        spec = self._spec
-        length = plans.max_length(spec.hyperparameters.max_length_tokens, source)
-        train_on = plans.train_on(spec.hyperparameters)
-        refs = [ref for ref in (spec.training_file, spec.validation_file) if ref]
-        with self._cache.keep(*(ref.sha256 for ref in refs)):
-            paths = [await self._fetched(ref) for ref in refs]
-            stores = []
-            for ref, path, name in zip(refs, paths, ("training_file", "validation_file"), strict=False):
-                build = partial(TokenStore.build, path, self._folder / name, source.tokenizer, length)
-                build = partial(build, name=ref.name, param=name, train_on=train_on)
-                stores.append(await _tokenized(build, ref.name, reporter))
-            files = [samples.File(path, ref.name) for ref, path in zip(refs, paths, strict=True)]
-            prompts = await asyncio.to_thread(
-                samples.prompts, source, spec.sample_prompts, files[0], files[1] if len(files) > 1 else None
-            )
-        return Data(stores[0], stores[1] if len(stores) > 1 else None, prompts, await self._begin(source))
+    # --- what differs by the kind of model ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _source(self) -> S: ...
+
+    @abstractmethod
+    async def _fetch(self, source: S, reporter: Reporter) -> Data[D]:
+        """Fetched and brought into form; files that other jobs let go stay for that long."""
+
+    @abstractmethod
+    def _plan(self, source: S, selection: Selection, data: Data[D]) -> Plan: ...
+
+    @abstractmethod
+    def _job(self, source: S, selection: Selection, plan: Plan, data: Data[D]) -> AnyJob: ...
+
+    @abstractmethod
+    def _cost(self, source: S, selection: Selection, data: Data[D], plan: Plan) -> costs.Estimate: ...
+
+    @abstractmethod
+    def _estimated_s(self, source: S, selection: Selection, data: Data[D], plan: Plan) -> float:
+        """Of the whole job on this gpu; 0: not known."""
+
+    @abstractmethod
+    def _say_chosen(self, reporter: Reporter, choice: Chosen, plan: Plan, *, goes_on: bool) -> None: ...
+
+    # --- what all have ------------------------------------------------------------------------------------------------
 
     async def _fetched(self, ref: wire.FileRef) -> Path:
         path: Path = await persist(self._link, lambda: self._link.fetch(ref, self._cache))
         return path
 
-    async def _begin(self, source: Source) -> Adapter | None:
+    async def _begin(self, source: S) -> Adapter | None:
         if not self._spec.continue_from:
             return None
         refs = self._spec.continue_from.adapter.files
@@ -201,22 +225,7 @@ class FineTune:
             files = {ref.name: await self._fetched(ref) for ref in refs}
             return await asyncio.to_thread(artifacts.load, files, source.tensors)
 
-    def _plan(self, source: Source, selection: Selection, data: Data) -> Plan:
-        wanted = self._spec.hyperparameters
-        return plans.resolve(
-            wanted,
-            source,
-            selection,
-            data.store,
-            plans.max_length(wanted.max_length_tokens, source),
-            self._device,
-            seed=self._spec.seed,
-            samples=bool(self._spec.sample_prompts),
-            validates=data.validation is not None,
-            fits=self._models.fits(source.id, selection.quantize),
-        )
-
-    def _introduce(self, reporter: Reporter, source: Source, selection: Selection, data: Data, plan: Plan) -> None:
+    def _introduce(self, reporter: Reporter, source: S, selection: Selection, data: Data[D], plan: Plan) -> None:
         reporter.say(f"Training data: {data.store.report.summary()}.")
         reporter.say(f"Training {self._summary(source, selection, data, plan)}, on {self._device.name}.")
         if self._spec.continue_from:
@@ -229,36 +238,20 @@ class FineTune:
             data={"hyperparameters": plan.chosen().model_dump(), "total_steps": plan.total_steps},
         )
 
-    def _cost(self, source: Source, selection: Selection, data: Data, plan: Plan) -> costs.Estimate:
-        return source.cost(
-            selection,
-            plan.micro_rows,
-            data.store.report.longest,
-            self._device.precision.dtype.itemsize,
-            checkpointing=plan.activation_checkpointing,
-            moments_bytes_per_param=plans.MOMENTS_BYTES[plan.optimizer],
-            keeps_best=plan.early_stop_patience > 0,
-            streamed=plan.stream_layers,
-        )
-
-    def _summary(self, source: Source, selection: Selection, data: Data, plan: Plan) -> str:
+    def _summary(self, source: S, selection: Selection, data: Data[D], plan: Plan) -> str:
         return costs.summary(selection, self._cost(source, selection, data, plan))
 
-    async def _reserve(self, lease: Lease, source: Source, selection: Selection, data: Data, plan: Plan) -> None:
+    async def _reserve(self, lease: Lease, source: S, selection: Selection, data: Data[D], plan: Plan) -> None:
         specs = train.state_specs(selection, plan).values()
-        flops = costs.training_flops(selection, source.tensors, tied=source.tied)
-        per_s, seen = self._worker.flops_per_s(source.id), int(data.store.lengths.sum())
-        on_disk = costs.prefix_bytes(selection, source.shape, seen, self._device.precision.dtype.itemsize)
-        taken = costs.training_time(flops, seen, plan.n_epochs, per_s, on_disk, plan.prefix_cache) if per_s else None
         await lease.reserve(
             sum(prod(shape) * dtype.itemsize for shape, dtype in specs) + OVERHEAD_BYTES,
             trainable.result_bytes(selection, data.begin) + OVERHEAD_BYTES,
-            taken.seconds if taken else 0.0,
+            self._estimated_s(source, selection, data, plan),
         )
 
-    def _adapter(self, source: Source, data: Data, plan: Plan, trained: train.Trained) -> Adapter:
+    def _adapter(self, source: S, data: Data[D], plan: Plan, trained: train.Trained) -> Adapter:
         shapes = {t.name: t.shape for t in source.tensors}
-        earlier = data.begin.meta.layers if data.begin else []
+        earlier: list[wire.LayerSpec] = data.begin.meta.layers if data.begin else []
         course = trained.course
         meta = AdapterMeta(
             family=source.family,
@@ -278,9 +271,9 @@ class FineTune:
 
     def _told(
         self,
-        source: Source,
+        source: S,
         selection: Selection,
-        data: Data,
+        data: Data[D],
         plan: Plan,
         trained: train.Trained,
         elapsed_s: float,
@@ -304,7 +297,7 @@ class FineTune:
         )
 
 
-async def _tokenized(build: Callable[..., TokenStore], name: str, reporter: Reporter) -> TokenStore:
+async def beside(build: Callable[..., D], say: Callable[[int], None]) -> D:
     """In a thread, which says how far it is, and does not outlive whoever waits for it."""
     loop, said_at, unwanted = asyncio.get_running_loop(), time.monotonic(), threading.Event()
 
@@ -314,7 +307,7 @@ async def _tokenized(build: Callable[..., TokenStore], name: str, reporter: Repo
             raise asyncio.CancelledError
         if time.monotonic() - said_at > SAID_EVERY_S:
             said_at = time.monotonic()
-            loop.call_soon_threadsafe(reporter.say, f"{rows:,} rows of {name} are tokens now.")
+            loop.call_soon_threadsafe(say, rows)
 
     work = asyncio.create_task(asyncio.to_thread(build, told=told))
     try:
@@ -323,13 +316,6 @@ async def _tokenized(build: Callable[..., TokenStore], name: str, reporter: Repo
         unwanted.set()
         await asyncio.wait({work})  # the folder that it writes to is about to go
         raise
-
-
-def _say_chosen(reporter: Reporter, choice: Chosen, plan: Plan, *, goes_on: bool) -> None:
-    what = "is kept on disk" if choice.cached else "is computed in every step"
-    reporter.say(f"What the frozen layers put out {what}: {choice.why}.", data={"prefix_cache": choice.cached})
-    if goes_on and choice.cached is not plan.prefix_cache:
-        reporter.say("It was otherwise before the checkpoint: results agree but for rounding.", level="warn")
 
 
 def _say_ready(reporter: Reporter, ready: Ready) -> None:

@@ -13,21 +13,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpu_service.device import translate
 from gpu_service.errors import GpuError, NotFinite
 from gpu_service.scheduler import Admission
 from gpu_service.sd import PictureBase
-from gpu_service.unet import UnetDials, dialled
+from gpu_service.tuned import PLAIN, Tuned
+from gpu_service.unet import Shallow, UnetDials, dialled, keeping
 
 log = logging.getLogger(__name__)
 
+SKETCHED_LATENTS = 12  # along the shorter side: from here on a preview is drawn at half the size
+FULL_EVERY = 3  # steps, of a picture that is drawn fast
 BATCH_LATENTS = 4 * 64 * 64  # that denoise together: four pictures of 512 x 512, or one that is larger
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture as bytes (H, W, 3), whole or on its way there."""
+    """A picture as bytes (H, W, 3), whole or on its way there; or its latents, where those are wanted."""
 
     index: int  # among the pictures of the request
     pixels: Tensor
@@ -51,6 +55,8 @@ class Wanted:
     start: Tensor | None = None  # (1, 3, H, W) from -1 to 1: the picture to begin with
     strength: float = 1.0  # of the change to it
     previews: int = 0
+    drawn: bool = True  # else latents are wanted, (4, h, w) in fp32 and scaled as the UNet knows them
+    fast: bool = False  # two steps of three take what is deep in the UNet from the one before
     caller: str = ""
 
 
@@ -60,6 +66,7 @@ class Request:
     wanted: Wanted
     send: Callable[[Shown | BaseException], None]
     cancelled: Callable[[], bool]
+    tuned: Tuned = PLAIN  # a fine-tune's tensors; who shares a batch shares them
 
 
 @dataclass(eq=False)
@@ -74,6 +81,7 @@ class _Row:
     latents: Tensor | None = None  # (1, 4, h, w)
     times: Sequence[Tensor] = ()
     done: int = 0  # steps
+    deep: Tensor | None = None  # that the next steps may take over: (places, C, h', w')
     previews_at: list[int] = field(default_factory=list)  # steps after which one is due
     preview: Tensor | None = None  # the latents that it shows, until it is decoded
 
@@ -83,16 +91,30 @@ class _Row:
         return (wanted.width // factor) * (wanted.height // factor)
 
     @property
+    def reuses(self) -> bool:
+        """What is deep, in the next step."""
+        return self.deep is not None and self.done % FULL_EVERY > 0
+
+    @property
+    def n_places(self) -> int:
+        """In a pass of the UNet."""
+        assert self.seen is not None
+        return len(self.seen)
+
+    @property
     def shape(self) -> tuple[object, ...]:
         """Those of one shape may share a batch."""
         assert self.seen is not None
-        return id(self.request.base), self.request.wanted.width, self.request.wanted.height, self.seen.shape[1]
+        request = self.request
+        size = request.wanted.width, request.wanted.height
+        return id(request.base), id(request.tuned), size, self.seen.shape[1], self.reuses
 
 
 class Pictures:
     def __init__(self) -> None:
         self._line: Admission[_Row] = Admission(BATCH_LATENTS)
         self._rows: list[_Row] = []  # under way; who waits longest for a step is first
+        self._texts: tuple[list[_Row], Tensor] | None = None  # of the last batch, and what it read
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._line)
@@ -123,21 +145,29 @@ class Pictures:
             if first.latents is None:
                 _begin(first)
             elif first.preview is not None:
-                first.request.send(Shown(first.index, _decode(first, first.preview), _next_preview(first)))
+                first.request.send(Shown(first.index, _sketched(first, first.preview), _next_preview(first)))
                 first.preview = None
             elif first.done == len(first.times):
-                first.request.send(Shown(first.index, _decode(first, first.latents)))
+                whole = _decode if first.request.wanted.drawn else _undecoded
+                first.request.send(Shown(first.index, whole(first, first.latents)))
                 self._end(first)
                 return
             else:
-                batch = [row for row in self._rows if _denoises(row) and row.shape == first.shape]
-                _denoise(batch)
+                batch = _fitting([row for row in self._rows if _denoises(row) and row.shape == first.shape])
+                _denoise(batch, self._texts_of(batch))
         except Exception as exc:  # others' pictures go on
             if not isinstance(exc, GpuError):
                 log.exception("a picture failed")
             self._fail(batch, translate(exc))
             return
         self._rows = [row for row in self._rows if row not in batch] + batch
+
+    def _texts_of(self, batch: list[_Row]) -> Tensor:
+        """The same tensor as long as the batch is the same, for the UNet keeps what it has read of it."""
+        if self._texts is None or self._texts[0] != batch:
+            self._texts = batch, torch.cat([row.seen for row in batch if row.seen is not None])
+        batch[0].request.base.texts.give(self._texts[1])
+        return self._texts[1]
 
     def _fail(self, rows: list[_Row], error: BaseException) -> None:
         failed = {id(row.request): row.request for row in rows}
@@ -151,17 +181,33 @@ class Pictures:
         self._line.done(row)
         if row in self._rows:
             self._rows.remove(row)
+        self._texts = None
+        row.request.base.texts.give(None)
 
 
 def _denoises(row: _Row) -> bool:
     return row.latents is not None and row.preview is None and row.done < len(row.times)
 
 
+def _fitting(rows: list[_Row]) -> list[_Row]:
+    """As many as fit into what is free, from the first on; the others have their turn in the next step."""
+    wanted, found = rows[0].request.wanted, rows[:1]
+    if len(rows) == 1:
+        return found
+    left = rows[0].request.base.places(wanted.width, wanted.height) - rows[0].n_places
+    for row in rows[1:]:
+        left -= row.n_places
+        if left < 0:
+            break
+        found.append(row)
+    return found
+
+
 def _begin(row: _Row) -> None:
     """Reads the prompt and draws the noise, in the order of diffusers' pipelines, so that a seed means the same."""
     base, wanted = row.request.base, row.request.wanted
     texts = [wanted.negative, wanted.prompt] if wanted.guidance > 1 else [wanted.prompt]
-    row.seen = torch.cat([_read(base, ids) for ids in texts])
+    row.seen = torch.cat([base.read(ids, row.request.tuned) for ids in texts])
     row.scheduler.set_timesteps(wanted.steps, device=base.device)
     row.times = list(row.scheduler.timesteps)
     if wanted.start is None:
@@ -170,32 +216,18 @@ def _begin(row: _Row) -> None:
     else:
         row.latents = _noisy(row, wanted.start)
     n = len(row.times)
-    row.previews_at = [n * (i + 1) // (wanted.previews + 1) for i in range(wanted.previews)]
-    row.previews_at = [at for at in row.previews_at if 0 < at < n]
-
-
-def _read(base: PictureBase, ids: Tensor) -> Tensor:
-    """(C, 77) token ids -> (1, C x 77, D)"""
-    ids = ids.to(base.device)
-    mask = None
-    if getattr(base.text_encoder.config, "use_attention_mask", False):
-        mask = (ids != base.source.tokenizer.pad_token_id).long()
-    # A chunk at a time: a batch of them would be rounded otherwise than each alone.
-    read = [base.text_encoder(chunk[None], attention_mask=None if mask is None else mask[i : i + 1])[0]
-            for i, chunk in enumerate(ids)]  # fmt: skip
-    return torch.cat(read, dim=1)
+    row.previews_at = sorted({n * (i + 1) // (wanted.previews + 1) for i in range(wanted.previews)} - {0, n})
 
 
 def _noise(shape: tuple[int, ...], row: _Row) -> Tensor:
     base = row.request.base
-    return torch.randn(shape, generator=row.generator, dtype=base.unet.dtype).to(base.device)
+    return torch.randn(shape, generator=row.generator, dtype=base.dtype).to(base.device)
 
 
 def _noisy(row: _Row, start: Tensor) -> Tensor:
     """The picture to begin with as latents, with the noise of the step at which it enters."""
     base, wanted, scheduler = row.request.base, row.request.wanted, row.scheduler
-    found = base.vae.encode(start.to(base.device, base.vae.dtype)).latent_dist
-    latents = base.vae.config.scaling_factor * found.sample(row.generator)
+    latents = base.vae.config.scaling_factor * base.encode(start).sample(row.generator)
     skipped = max(wanted.steps - min(int(wanted.steps * wanted.strength), wanted.steps), 0) * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
@@ -204,20 +236,17 @@ def _noisy(row: _Row, start: Tensor) -> Tensor:
     return noisy
 
 
-def _denoise(rows: list[_Row]) -> None:
+def _denoise(rows: list[_Row], seen: Tensor) -> None:
     """One step of each, in one pass of the UNet. B rows; a row with guidance takes two places."""
-    given, times, seen, dials = [], [], [], []
+    given, times, dials = [], [], []
     for row in rows:
         assert row.seen is not None
         time = row.times[row.done]
         places = len(row.seen)
         given += [row.scheduler.scale_model_input(row.latents, time)] * places
         times += [time.float()] * places  # the UNet's first act with them; some schedulers count in whole numbers
-        seen.append(row.seen)
         dials += [row.request.wanted.dials] * places
-    unet = rows[0].request.base.unet
-    with dialled(unet, dials):
-        told = unet(torch.cat(given), torch.stack(times), encoder_hidden_states=torch.cat(seen), return_dict=False)[0]
+    told = _pass(rows, torch.cat(given), torch.stack(times), seen, dials)
     at = 0
     for row in rows:
         assert row.seen is not None
@@ -227,6 +256,25 @@ def _denoise(rows: list[_Row]) -> None:
             own = without + row.request.wanted.guidance * (with_it - without)
         _advance(row, own, given[at])
         at += len(row.seen)
+
+
+def _pass(rows: list[_Row], given: Tensor, times: Tensor, seen: Tensor, dials: Sequence[UnetDials | None]) -> Tensor:
+    """What the UNet takes for the noise, of each place; who draws fast keeps what is deep, or takes it over."""
+    unet, tuned = rows[0].request.base.unet, rows[0].request.tuned
+    with dialled(unet, dials):
+        if rows[0].reuses:
+            deep = torch.cat([row.deep for row in rows if row.deep is not None])
+            told: Tensor = tuned("unet", Shallow(unet), given, times, seen, deep, within="unet")
+            return told
+        with keeping(unet, wanted=any(row.request.wanted.fast for row in rows)) as kept:
+            told = tuned("unet", unet, given, times, encoder_hidden_states=seen, return_dict=False)[0]
+    if kept:
+        at = 0
+        for row in rows:
+            if row.request.wanted.fast:
+                row.deep = kept[0][at : at + row.n_places].clone()
+            at += row.n_places
+    return told
 
 
 def _advance(row: _Row, told: Tensor, given: Tensor) -> None:
@@ -255,11 +303,33 @@ def _next_preview(row: _Row) -> int:
     return row.previews_at.index(row.done)
 
 
+def _sketched(row: _Row, latents: Tensor) -> Tensor:
+    """As `_decode`, at half the size and drawn up again, which takes a quarter of the time: on its way a picture has no
+    finer detail. Small ones are decoded whole.
+    """
+    if min(latents.shape[-2:]) < SKETCHED_LATENTS:
+        return _decode(row, latents)
+    small = _decode(row, F.avg_pool2d(latents, 2)).permute(2, 0, 1)[None].float()
+    wanted = row.request.wanted
+    large = F.interpolate(small, (wanted.height, wanted.width), mode="bilinear", align_corners=False)
+    return large[0].permute(1, 2, 0).round().byte()
+
+
+def _undecoded(row: _Row, latents: Tensor) -> Tensor:
+    if not torch.isfinite(latents).all():
+        raise _not_finite(row)
+    return latents[0].float().cpu()
+
+
+def _not_finite(row: _Row) -> NotFinite:
+    request = row.request
+    return NotFinite("picture", dialled=request.wanted.dials is not None, tuned=request.tuned is not PLAIN)
+
+
 def _decode(row: _Row, latents: Tensor) -> Tensor:
     """(1, 4, h, w) -> (H, W, 3) bytes, rounded as diffusers rounds. Raises NotFinite."""
-    vae = row.request.base.vae
-    drawn = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    drawn = row.request.base.decode(latents)
     if not torch.isfinite(drawn).all():
-        raise NotFinite("picture", dialled=row.request.wanted.dials is not None)
+        raise _not_finite(row)
     pixels: Tensor = ((drawn * 0.5 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).float().cpu() * 255).round().byte()
     return pixels

@@ -1,21 +1,25 @@
 """The leases that this gpu holds, from grant to result: commands, endings, the hand-over of what came of it.
 
-What a job does in between is finetune.py's; the link knows how to say it.
+What a job does in between is finetune.py's, or batch.py's; the link knows how to say it.
 """
 
 import asyncio
 import logging
 import shutil
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 
 import wire
 from gpu_service import artifacts
 from gpu_service.artifacts import BlobCache
+from gpu_service.batch import BatchRun, Pace
 from gpu_service.device import Device
 from gpu_service.errors import GpuError, OutOfMemory
-from gpu_service.finetune import FineTune, GivenBack, Outcome, Run
-from gpu_service.lease import Lease, Often, persist
+from gpu_service.finetune import GivenBack, Outcome, Run
+from gpu_service.finetune_pictures import PictureTune
+from gpu_service.finetune_text import TextTune
+from gpu_service.lease import Lease, Often, persist, release
 from gpu_service.link import LeaseLost, Link, Refused
 from gpu_service.models import Models
 from gpu_service.reporter import JobView, Reporter
@@ -38,9 +42,11 @@ class Jobs:
         models: Models,
         device: Device,
         cache: BlobCache,
+        tokenizing: Executor,
+        pace: Pace,
         often: Often = Often(),  # noqa: B008
     ) -> None:
-        self._often = often
+        self._often, self._tokenizing, self._pace = often, tokenizing, pace
         self._folder, self._link, self._worker = folder, link, worker
         self._models, self._device, self._cache = models, device, cache
         self._runs: dict[tuple[str, int], Run] = {}
@@ -61,7 +67,7 @@ class Jobs:
 
     def obey(self, command: wire.Command) -> None:
         match command:
-            case wire.GrantLease():
+            case wire.GrantLease() | wire.GrantBatch():
                 self.start(command)
             case wire.CancelLease():
                 if (run := self._runs.get((command.job_id, command.fence))) and run.task:
@@ -81,7 +87,7 @@ class Jobs:
                 self._loading.add(task)
                 task.add_done_callback(self._loading.discard)
 
-    def start(self, grant: wire.GrantLease) -> None:
+    def start(self, grant: wire.GrantLease | wire.GrantBatch) -> None:
         """Once per lease: a grant may be said twice."""
         lease = (grant.job.job_id, grant.fence)
         if lease not in self._runs:
@@ -111,21 +117,20 @@ class Jobs:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, grant: wire.GrantLease, run: Run) -> None:
+    async def _run(self, grant: wire.GrantLease | wire.GrantBatch, run: Run) -> None:
         spec = grant.job
         folder = self._folder / f"{spec.job_id}-{grant.fence}"
         reporter = Reporter(self._link, self._device, spec.job_id, spec.base_model, grant.fence)
         self._reporters[spec.job_id] = reporter
-        lease = Lease(self._link, self._cache, spec, grant.fence, reporter, self._often)
         result: wire.JobResult | None = None
         log.info("job %s begins", spec.job_id)
         try:
             async with reporter:
                 try:
-                    tune = FineTune(self._link, self._worker, self._models, self._device, self._cache, spec, folder)
-                    outcome = await tune.run(reporter, lease, run)
-                    run.phase, run.lease = "ending", None
-                    result = await self._hand_in(spec.job_id, grant.fence, folder, outcome)
+                    if isinstance(grant, wire.GrantBatch):
+                        result = await self._answered(grant, reporter, run)
+                    else:
+                        result = await self._tuned(grant, folder, reporter, run)
                 except GivenBack:
                     log.info("job %s is given back: %s", spec.job_id, run.reason)
                 except asyncio.CancelledError:
@@ -133,7 +138,7 @@ class Jobs:
                         raise
                     task = asyncio.current_task()
                     assert task
-                    task.uncancel()  # nothing has been trained yet that could be kept
+                    task.uncancel()  # nothing has been made yet that could be kept
                 except GpuError as exc:
                     log.warning("job %s failed: %s", spec.job_id, exc.message)
                     result = wire.JobResult(fence=grant.fence, error=self._error(exc, run))
@@ -144,13 +149,28 @@ class Jobs:
             if result:
                 await self._finish(spec.job_id, result)
             elif run.reason:
-                await lease.release(run.reason)
+                await release(self._link, spec.job_id, grant.fence, run.reason)
             log.info("job %s ended", spec.job_id)
         except LeaseLost:
             log.info("job %s is not ours any more", spec.job_id)
         finally:
             self._reporters.pop(spec.job_id, None)
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            # The relay, told of the end, has the lease cancelled that is still reported: not before the folder is gone.
+            await asyncio.shield(asyncio.create_task(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)))
+
+    async def _tuned(self, grant: wire.GrantLease, folder: Path, reporter: Reporter, run: Run) -> wire.JobResult:
+        spec = grant.job
+        lease = Lease(self._link, self._cache, spec, grant.fence, reporter, self._often)
+        kind = PictureTune if self._models.makes_pictures(spec.base_model) else TextTune
+        tune = kind(self._link, self._worker, self._models, self._device, self._cache, spec, folder)
+        outcome = await tune.run(reporter, lease, run)
+        run.phase, run.lease = "ending", None
+        return await self._hand_in(spec.job_id, grant.fence, folder, outcome)
+
+    async def _answered(self, grant: wire.GrantBatch, reporter: Reporter, run: Run) -> wire.JobResult:
+        parts = self._link, self._worker, self._models, self._cache, self._tokenizing
+        await BatchRun(*parts, grant, reporter, self._pace).run(run)
+        return wire.JobResult(fence=grant.fence)
 
     def _error(self, exc: GpuError, run: Run) -> wire.JobError:
         """Out of memory, as the estimate said before: one with as much as that may do better, and this one never."""

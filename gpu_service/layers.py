@@ -63,13 +63,18 @@ class TensorInfo:
     shape: tuple[int, ...]
     part: str
     layer: int | None
-    linear: bool  # applied as y = x @ W.T, so lora can adapt it; W is (out, in)
+    linear: bool  # applied as y = x @ W.T, so lora can adapt it; W is (out, in), or a convolution of one by one
     component: str | None = None  # of a model that is more than one network
     block: str | None = None  # the layer's name, where layers have names
 
     @property
     def n_params(self) -> int:
         return prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out, in) of one that is linear."""
+        return self.shape[0], prod(self.shape[1:])
 
     @property
     def quantisable(self) -> bool:
@@ -105,7 +110,7 @@ class LoraTarget:
     @property
     def n_params(self) -> int:
         """A is (rank, in), B is (out, rank); DoRA has a length for each of `out` rows besides."""
-        return self.rank * sum(self.tensor.shape) + self.dora * self.tensor.shape[0]
+        return self.rank * sum(self.tensor.matrix) + self.dora * self.tensor.shape[0]
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,11 @@ class Selection:
     blocks: tuple[str, ...] = ()  # names of the model's layers, where they have names
 
     @property
+    def tensors(self) -> list[TensorInfo]:
+        """Of the base model, that are trained or adapted."""
+        return [*self.full, *(target.tensor for target in self.lora)]
+
+    @property
     def n_tensors(self) -> int:
         """Tensors of the base model that are trained or adapted."""
         return len(self.full) + len(self.lora)
@@ -134,7 +144,7 @@ class Selection:
     @property
     def lowest_layer(self) -> int:
         """Everything below it is frozen. `n_layers`: only the last norm or the head is trained."""
-        tensors = [*self.full, *(target.tensor for target in self.lora)]
+        tensors = self.tensors
         if any(t.is_first or t.component == "text_encoder" for t in tensors):  # the UNet reads what it puts out
             return 0
         return min(self.n_layers if t.layer is None else t.layer for t in tensors)
@@ -267,7 +277,7 @@ def _chosen(
             raise BadRequest(
                 f"{_echo(spec)} selects no matrices, and {spec.method} adapts only these: use full.", param=PARAM
             )
-        if large := [t for t in chosen if spec.rank > min(t.shape)]:
+        if large := [t for t in chosen if spec.rank > min(t.matrix)]:
             notes.append(f"rank {spec.rank} is more than {large[0].name} {list(large[0].shape)} can have.")
     if not chosen:
         raise NoSuchLayer(f"{_echo(spec)} selects nothing: {_what_exists(tensors)}", param=PARAM)

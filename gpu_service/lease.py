@@ -65,6 +65,15 @@ async def persist(link: Link, attempt: Callable[[], Awaitable[Any]], *, full_is_
             await link.wait_enrolled()
 
 
+async def release(link: Link, job_id: str, fence: int, reason: Literal["paused", "drained", "leaving"]) -> None:
+    """The lease is given back. Raises LeaseLost."""
+    message = wire.Release(fence=fence, reason=reason)
+    try:
+        await persist(link, lambda: link.post(f"/gpu/jobs/{job_id}/release", message))
+    except Refused as exc:
+        log.warning("job %s could not be released: %s", job_id, exc.message)
+
+
 class Lease:
     """Use as a context around the training: within, what is taken is stored beside it, one after the other."""
 
@@ -110,13 +119,6 @@ class Lease:
                 f"the steps since are trained again.",
                 level="warn",
             )
-
-    async def release(self, reason: Literal["paused", "drained", "leaving"]) -> None:
-        message = wire.Release(fence=self._fence, reason=reason)
-        try:
-            await persist(self._link, lambda: self._link.post(f"{self._path}/release", message))
-        except Refused as exc:
-            log.warning("job %s could not be released: %s", self._spec.job_id, exc.message)
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ https://prometheus.io/docs/practices/naming/
 """
 
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -43,7 +43,8 @@ class Metrics:
         self._streams = Gauge("gpu_live_streams", "Event streams that are open.", registry=registry)
         tokens = counter("tokens", "Tokens of text: read in prompts, written in answers, seen in training.", "what")
         self.read, self.written, self.trained = (tokens.labels(what) for what in ("read", "written", "trained"))
-        self._device = seconds("device", "A step of text or of pictures, or a slice of training.", STEPS_S, "kind")
+        meaning = "A step of text, of a batch or of pictures, or a slice of training."
+        self._device = seconds("device", meaning, STEPS_S, "kind")
         self.train_step = seconds("train_step", "An optimizer step, without what was served in between.", STEPS_S)
         self._errors = counter("errors", "Answers that were errors of this gpu's own.", "code")
 
@@ -52,7 +53,7 @@ class Metrics:
         gauge = Gauge(f"gpu_{name}", meaning, registry=self._registry)
         gauge.set_function(value)
 
-    def ran(self, kind: Kind, seconds: float) -> None:
+    def ran(self, kind: Kind | Literal["batch"], seconds: float) -> None:
         self._device.labels(kind).observe(seconds)
 
     def refused(self, code: str) -> None:

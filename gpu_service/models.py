@@ -135,6 +135,10 @@ class Base:
     def device(self) -> torch.device:
         return next(iter(self.weights.values())).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.weights.values())).dtype
+
     def whole(self, name: str) -> Tensor:
         """A tensor in the model's precision, unpacked if it is held packed."""
         return self.weights[name] if name in self.weights else self.quantized[name].whole()
@@ -176,10 +180,7 @@ class Models:
         """Raises NoSuchModel, naming those that exist, and OtherKind."""
         found = self.either_source(model)
         if isinstance(found, PictureSource):
-            raise OtherKind(
-                f"'{model}' makes pictures: ask /v1/images/generations for one. Fine-tuning it is not built yet.",
-                param="model",
-            )
+            raise OtherKind(f"'{model}' makes pictures: ask /v1/images/generations for one.", param="model")
         return found
 
     def picture_source(self, model: str) -> PictureSource:

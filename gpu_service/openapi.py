@@ -5,7 +5,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 
 import wire
-from gpu_service import bodies, data_report, drawing
+from gpu_service import bodies, data_report, drawing, previews
 from schema import JSON, STREAM, Doc, Table, document
 
 FOUND = (400, 401, 404, 413, 502, 503)  # a model, which may have to be fetched first
@@ -18,7 +18,7 @@ TABLE: Final[Table] = {
     ("GET", "/v1/models"): Doc((401, 413)),
     ("GET", "/v1/models/{model}/layers"): Doc(FOUND),
     ("GET", "/v1/models/{model}"): Doc(FOUND),
-    ("POST", "/v1/layers/preview"): Doc(FOUND, bodies.PreviewBody),
+    ("POST", "/v1/layers/preview"): Doc(FOUND, previews.PreviewBody),
     ("POST", "/v1/data/report"): Doc(FOUND, data_report.ReportBody),
     ("POST", "/v1/chat/completions"): Doc(GENERATES, bodies.ChatBody, answers=(JSON, STREAM)),
     ("POST", "/v1/completions"): Doc(GENERATES, bodies.CompletionBody, answers=(JSON, STREAM)),

@@ -11,30 +11,29 @@ from functools import partial
 import torch
 
 import wire
-from gpu_service import costs, prefix, train
+from gpu_service import costs, learn_text, prefix, train
 from gpu_service import decoder as decoders
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest, OutOfMemory
 from gpu_service.layers import TensorInfo
+from gpu_service.learn_text import TextJob
 from gpu_service.models import Base, Source, read_base
 from gpu_service.prefix import Chosen, Prefixes, Shelf, Stages, Wanted, Working
-from gpu_service.probe import Ready
 from gpu_service.rows import Rows
 
-Report = Ready | Chosen | Working | train.Progress | train.State | train.Trained
 GROUP_SHARE = 0.25  # of the free memory, for hidden states on their way through streamed layers
 
 
 def steps(
-    job: train.Job,
+    job: TextJob,
     device: Device,
     shelf: Shelf,
     resident: Callable[[], tuple[Base, Decoder]],
     *,
     start: train.State | None = None,
     wanted: Callable[[], bool] = lambda: False,
-) -> Iterator[Report]:
+) -> Iterator[train.Report]:
     """All slices of a run. `resident` loads the whole model, and is not called for a streamed run.
 
     `Chosen` comes once, before the first step, and says whether the frozen prefix is read from disk.
@@ -44,14 +43,14 @@ def steps(
         decoder = decoders.build(job.source.family, job.source.config, device.torch)
         prefixes = yield from _streamed(job, decoder, device, shelf)
         base = read_base(job.source, device, job.selection.quantize, only=trained_weights(job))
-        yield from train.run(job, base, decoder, device, prefix=prefixes, start=start, wanted=wanted)
+        yield from learn_text.run(job, base, decoder, device, prefix=prefixes, start=start, wanted=wanted)
     else:
         base, decoder = resident()
         make = partial(_beside, job, base, decoder, device, shelf)
-        yield from train.run(job, base, decoder, device, prefix=make, start=start, wanted=wanted)
+        yield from learn_text.run(job, base, decoder, device, prefix=make, start=start, wanted=wanted)
 
 
-def data_sets(job: train.Job, device: Device) -> list[Wanted]:
+def data_sets(job: TextJob, device: Device) -> list[Wanted]:
     """For the training data, and for the validation data where there is some."""
     cut, tokens = job.selection.lowest_layer, (job.plan.prefix_rows or job.plan.micro_rows) * job.store.report.longest
     stores = [job.store, *([job.validation] if job.validation else [])]
@@ -59,7 +58,7 @@ def data_sets(job: train.Job, device: Device) -> list[Wanted]:
 
 
 def _beside(
-    job: train.Job, base: Base, decoder: Decoder, device: Device, shelf: Shelf
+    job: TextJob, base: Base, decoder: Decoder, device: Device, shelf: Shelf
 ) -> Generator[Chosen | Working, None, Prefixes]:
     sets, plan = data_sets(job, device), job.plan
     stages = prefix.resident(Rows(base.weights, quantized=base.quantized, dropout=True), job.selection.lowest_layer)
@@ -79,7 +78,7 @@ def _beside(
 
 
 def _streamed(
-    job: train.Job, decoder: Decoder, device: Device, shelf: Shelf
+    job: TextJob, decoder: Decoder, device: Device, shelf: Shelf
 ) -> Generator[Chosen | Working, None, Prefixes]:
     """Raises OutOfMemory where the disk can't hold what the memory shall not."""
     if _begins_below(job):
@@ -103,7 +102,7 @@ def _streamed(
     return Prefixes(*found)
 
 
-def _begins_below(job: train.Job) -> bool:
+def _begins_below(job: TextJob) -> bool:
     """Whether an earlier fine-tune changes what is frozen here: the base's own prefix is not this run's then."""
     cut, changed = job.selection.lowest_layer, job.begin.meta.tensors if job.begin else {}
     below = (t for t in job.source.tensors if t.belongs_to("embed") or (t.layer is not None and t.layer < cut))
@@ -132,7 +131,7 @@ def from_checkpoint(source: Source, device: Device, quantize: wire.Quantize, cut
     return stages
 
 
-def trained_weights(job: train.Job) -> Callable[[TensorInfo], bool]:
+def trained_weights(job: TextJob) -> Callable[[TensorInfo], bool]:
     """What a streamed run holds: everything from the lowest trained layer upwards, and the head."""
     names = {t.name for t in costs.held(job.source.tensors, job.selection, tied=job.source.tied)}
     return lambda t: t.name in names

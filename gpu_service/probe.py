@@ -30,7 +30,7 @@ class Ready:
 
 
 def fit(
-    plan: Plan, attempt: Callable[[int], None], needs_bytes: Callable[[int], int], device: Device
+    plan: Plan, attempt: Callable[[int], None], needs_bytes: Callable[[int], int], device: Device, *, advice: str = ""
 ) -> Generator[None, None, Ready]:
     """Halve the micro-batch until the longest one fits. `attempt` takes rows; `needs_bytes` is an upper bound.
 
@@ -50,8 +50,7 @@ def fit(
         if rows == 1:
             raise OutOfMemory(
                 f"The longest row does not fit: training it takes about {needs / 1e6:,.0f} MB beside the model, and "
-                f"{free / 1e6:,.0f} MB are free on this gpu. Lower max_length_tokens, train fewer layers, or set "
-                "activation_checkpointing, optimizer adamw_8bit or quantize."
+                f"{free / 1e6:,.0f} MB are free on this gpu. {advice}"
             )
         rows = -(-rows // 2)
         yield

@@ -15,10 +15,13 @@ from typing import Any
 import wire
 from gpu_service.course import Course, perplexity
 from gpu_service.data import DataReport
+from gpu_service.picture_data import PictureReport
 from gpu_service.samples import Prompt
 
 WIDTH, HEIGHT, EDGE = 720, 240, 44  # of a drawing, in CSS pixels
 LAYER = re.compile(r"(?:model\.layers|h)\.([0-9]+)\.")
+BLOCK = re.compile(r"unet\.(?:(down|up)_blocks\.([0-9]+)|(mid)_block)\.|(text_encoder)\.")
+PICTURE = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
 MOST_CHARS = 4000  # of a prompt or an answer
 
 
@@ -33,8 +36,8 @@ class Told:
     summary: str  # of the selection: how much is trained
     layers: Sequence[wire.LayerSpec]
     hyperparameters: wire.Hyperparameters  # as resolved
-    training: DataReport
-    validation: DataReport | None
+    training: DataReport | PictureReport
+    validation: DataReport | PictureReport | None
     prompts: Sequence[Prompt]
     course: Course
     changes: Mapping[str, tuple[float, float]]  # by tensor: how far it moved, what it was
@@ -47,9 +50,11 @@ def build(told: Told) -> dict[str, Any]:
     """The JSON document; docs/training.md describes it."""
     course = told.course
     result_loss = course.best_loss if told.kept_best else course.valid_loss
+    writes = isinstance(told.training, DataReport)
     return {
         "object": "fine_tuning.report",
         "version": 1,
+        "makes": "text" if writes else "pictures",
         "job": told.job_id,
         "base_model": told.base_model,
         "continued_from": told.continued_from,
@@ -72,11 +77,12 @@ def build(told: Told) -> dict[str, Any]:
             for step, loss, rate, norm in course.losses
         ],
         "validations": [
-            {"step": step, "loss": loss, "perplexity": perplexity(loss)} for step, loss in course.validated
+            {"step": step, "loss": loss, "perplexity": perplexity(loss) if writes else None}
+            for step, loss in course.validated
         ],
         "perplexity": {
-            "before": perplexity(course.validated[0][1]) if course.validated else None,
-            "after": None if result_loss is None else perplexity(result_loss),
+            "before": perplexity(course.validated[0][1]) if course.validated and writes else None,
+            "after": None if result_loss is None or not writes else perplexity(result_loss),
         },
         "answers": [
             {"prompt": prompt.text, "reference": prompt.reference, "before": before, "after": after}
@@ -88,13 +94,27 @@ def build(told: Told) -> dict[str, Any]:
 
 def _by_layer(changes: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
     """Relative norms over all trained tensors of a layer, in the model's order; what lies in none comes last."""
-    sums: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    sums: dict[int | str | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, (moved, was) in changes.items():
-        found = LAYER.match(name)
-        here = sums[int(found[1]) if found else None]
+        here = sums[_layer(name)]
         here[0], here[1] = here[0] + moved**2, here[1] + was**2
-    order = sorted(sums, key=lambda layer: (layer is None, layer or 0))
+    order = sorted(sums, key=_place)
     return [{"layer": layer, "relative_change": _ratio(*map(sqrt, sums[layer]))} for layer in order]
+
+
+def _layer(name: str) -> int | str | None:
+    """A number, or a block's name, or neither."""
+    if found := LAYER.match(name):
+        return int(found[1])
+    block = BLOCK.match(name)
+    return (block[4] or block[3] or f"{block[1]}.{block[2]}") if block else None
+
+
+def _place(layer: int | str | None) -> tuple[int, int, str]:
+    kinds = ("down", "mid", "up", "text_encoder")
+    if isinstance(layer, str):
+        return 1, kinds.index(layer.partition(".")[0]), layer
+    return (2, 0, "") if layer is None else (0, layer, "")
 
 
 def _by_tensor(changes: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
@@ -123,7 +143,7 @@ tr { border-bottom: 1px solid var(--line); } td.n { text-align: right; font-vari
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; margin: 0; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 """
-CSP = "default-src 'none'; style-src 'unsafe-inline'"
+CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def as_html(report: Mapping[str, Any]) -> bytes:
@@ -181,7 +201,8 @@ def _table(rows: Iterable[tuple[object, object]]) -> str:
 
 
 def _steps(report: Mapping[str, Any]) -> str:
-    text = f"{report['steps']:,}, {report['trained_tokens']:,} tokens"
+    what = "tokens" if report["makes"] == "text" else "pictures"
+    text = f"{report['steps']:,}, {report['trained_tokens']:,} {what}"
     if report["ended_early"]:
         text += "; ended early"
     if report["result_step"] != report["steps"]:
@@ -194,8 +215,15 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> str:
         return "<p>None: the job had neither sample_prompts nor a validation file, or its layers were streamed.</p>"
     columns = {"prompt": ("Prompt", "질문"), "before": ("Before", "전"), "after": ("After", "후")}
     head = "".join(f'<th>{english} <small lang="ko">{korean}</small></th>' for english, korean in columns.values())
-    cells = ("".join(f"<td><pre>{_text(row[key] or '')}</pre></td>" for key in columns) for row in answers)
+    cells = ("".join(f"<td>{_answer(row[key] or '')}</td>" for key in columns) for row in answers)
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _answer(text: str) -> str:
+    """A picture where it is one that the gpu drew: nothing but base64 stands in its address."""
+    if PICTURE.fullmatch(text):
+        return f'<img src="{text}" alt="">'
+    return f"<pre>{_text(text)}</pre>"
 
 
 def _data(data: Mapping[str, Any]) -> str:
@@ -250,7 +278,8 @@ def _bars(layers: Sequence[Mapping[str, Any]]) -> str:
     drawn = []
     for index, row in enumerate(layers):
         y, width = 6 + 18 * index, (WIDTH - 200) * row["relative_change"] / most
-        name = "outside" if row["layer"] is None else f"layer {row['layer']}"
+        layer = row["layer"]
+        name = "outside" if layer is None else layer if isinstance(layer, str) else f"layer {layer}"
         drawn.append(f'<text x="80" y="{y + 10}" text-anchor="end">{name}</text>')
         drawn.append(f'<rect x="90" y="{y}" width="{width:.1f}" height="12" fill="var(--a)"/>')
         drawn.append(f'<text x="{96 + width:.1f}" y="{y + 10}">{row["relative_change"]:.3g}</text>')

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 1.0  # between reports of progress
 MOST_EVENTS = 500  # of one report
+MOST_BYTES = 2**20  # likewise: sample pictures stand in events
 MOST_CHARS = 2000  # of a prompt or an answer in an event
 
 
@@ -91,7 +92,7 @@ class Reporter:
             "step": item.step,
             "total_steps": plan.total_steps,
             "epoch": -(-item.step // plan.steps_per_epoch),
-            "tokens": item.tokens,
+            _counted(plan): item.tokens,
             "elapsed_s": round(elapsed_s, 2),
             "memory_bytes": self._device.used_bytes(),
         }
@@ -104,18 +105,30 @@ class Reporter:
             data |= {"loss": item.train_loss, "train_loss": item.train_loss}
             data |= {"learning_rate": item.learning_rate, "gradient_norm": _finite(item.gradient_norm)}
             if self._last:
-                data["tokens_per_s"] = round((item.tokens - self._last[0]) / max(at - self._last[1], 1e-6), 1)
+                data[f"{_counted(plan)}_per_s"] = round(
+                    (item.tokens - self._last[0]) / max(at - self._last[1], 1e-6), 1
+                )
             self._last = (item.tokens, at)
             text += f"training loss {item.train_loss:.4f}"
         if item.valid_loss is not None:
             data |= {"validation_loss": item.valid_loss, "full_valid_loss": item.valid_loss}
-            data["perplexity"] = perplexity(item.valid_loss)
+            if not plan.resolution:
+                data["perplexity"] = perplexity(item.valid_loss)
             text += f"validation loss {item.valid_loss:.4f}"
         if item.answers is not None:
             rows = zip(prompts, item.answers, strict=True)
-            data["samples"] = [{"prompt": p.text[:MOST_CHARS], "answer": text[:MOST_CHARS]} for p, text in rows]
-            text += "answers to the prompts"
+            most = None if plan.resolution else MOST_CHARS  # a picture is small, and worth nothing when it is cut
+            data["samples"] = [{"prompt": p.text[:MOST_CHARS], "answer": text[:most]} for p, text in rows]
+            text += "pictures of the prompts" if plan.resolution else "answers to the prompts"
         self._add(text, "metrics", "info", data)
+
+    def answered(self, done: int, total: int, here: int, failed: int, tokens: int, elapsed_s: float) -> None:
+        """Of a batch: `done` rows of `total`, of which this lease has `here`; `tokens` were written in `elapsed_s`."""
+        left_s = elapsed_s / max(1, here) * (total - done)
+        self._progress = (done, total, left_s)
+        data = {"rows": done, "total_rows": total, "failed_rows": failed, "tokens": tokens, "eta_s": round(left_s, 1)}
+        data |= {"elapsed_s": round(elapsed_s, 2), "tokens_per_s": round(tokens / max(elapsed_s, 1e-6), 1)}
+        self._add(f"{done:,} of {total:,} rows are answered", "metrics", "info", data)
 
     def _add(
         self, message: str, type: Literal["message", "metrics"], level: Literal["info", "warn"], data: dict[str, Any]
@@ -129,7 +142,7 @@ class Reporter:
     async def flush(self) -> None:
         """Send what waits. Raises LeaseLost; what can't be sent now stays."""
         while self._waiting:
-            some = self._waiting[:MOST_EVENTS]
+            some = _fitting(self._waiting[:MOST_EVENTS])
             try:
                 await self._link.report(self._job_id, wire.JobEvents(fence=self._fence, events=some))
             except (RelayUnavailable, NotEnrolled):
@@ -151,6 +164,20 @@ class Reporter:
             except LeaseLost:
                 self.lost()
                 return
+
+
+def _fitting(events: list[wire.JobEvent]) -> list[wire.JobEvent]:
+    """Of these the first ones that one report can hold; one at least."""
+    size_bytes = 0
+    for number, event in enumerate(events):
+        size_bytes += len(event.model_dump_json())
+        if size_bytes > MOST_BYTES and number:
+            return events[:number]
+    return events
+
+
+def _counted(plan: Plan) -> str:
+    return "pictures" if plan.resolution else "tokens"
 
 
 def _finite(value: float | None) -> float | None:

@@ -92,7 +92,8 @@ def _part(module: str, table: tuple[tuple[str, str], ...]) -> str | None:
 
 
 def _linear(shape: tuple[int, ...], part: str) -> bool:
-    return len(shape) == 2 and part.startswith(LINEAR_PARTS)
+    """A matrix, also where it stands as a convolution of one by one, as before and behind 1.x's transformers."""
+    return part.startswith(LINEAR_PARTS) and (len(shape) == 2 or shape[2:] == (1, 1))
 
 
 def _place(tensor: TensorInfo) -> tuple[float, list[tuple[int, str]]]:

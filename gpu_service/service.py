@@ -24,8 +24,10 @@ import wire
 from gpu_service import device as devices
 from gpu_service import openapi
 from gpu_service import tunnel as tunnels
-from gpu_service.app import Parts, Tuned, create_app
+from gpu_service.answering import Tuned
+from gpu_service.app import Parts, create_app
 from gpu_service.artifacts import BlobCache, atomic_file
+from gpu_service.batch import Pace
 from gpu_service.device import Device
 from gpu_service.dialout import DialOut
 from gpu_service.errors import GpuError, OutOfMemory, RelayUnavailable
@@ -36,9 +38,10 @@ from gpu_service.lease import Often
 from gpu_service.link import Link, NotEnrolled
 from gpu_service.models import Models
 from gpu_service.reporter import JobView
+from gpu_service.resident import AdapterFiles
 from gpu_service.settings import BadSetting, Settings, one_tokenizing_thread
 from gpu_service.tunnel import Kept, Tunnel
-from gpu_service.worker import AdapterFiles, Worker
+from gpu_service.worker import Worker
 
 log = logging.getLogger("gpu_service")
 
@@ -145,9 +148,14 @@ class Service:
         link = self._link = Link(settings, instance, device, models, active) if settings.relay_url else None
         often = Often(every_s=settings.checkpoint_every_s, runtime_ends_at=settings.runtime_ends_at)
         folder = settings.data_dir / "jobs"
-        jobs = self._jobs = Jobs(folder, link, worker, models, device, cache, often) if link else None
+        tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizing")
+        packing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="packing")
+        pace = Pace(rows=settings.batch_rows, every_s=settings.checkpoint_every_s)
+        parts = worker, models, device, cache, tokenizing, pace, often
+        jobs = self._jobs = Jobs(folder, link, *parts) if link else None
         async with contextlib.AsyncExitStack() as stack:  # unwinds from the last to the first
-            tokenizing = stack.enter_context(ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizing"))
+            stack.enter_context(tokenizing)
+            stack.enter_context(packing)
             if link:
                 stack.push_async_callback(link.aclose)
             worker.start()
@@ -170,6 +178,7 @@ class Service:
                     models=models,
                     worker=worker,
                     tokenizing=tokenizing,
+                    packing=packing,
                     tuned=lambda model: tuned(model, link, cache),
                 )
             )

@@ -24,12 +24,13 @@ TABLE: dict[str, str] = {
     "NGROK_AUTHTOKEN": "Token of an ngrok account, for the tunnel `ngrok`.",
     "GPU_NGROK_DOMAIN": "A domain reserved at ngrok, so that the public URL stays the same.",
     "GPU_RUNTIME_ENDS_AT": "When this runtime ends, in unix seconds, where it is known; shown, and told to the relay.",
-    "GPU_CHECKPOINT_EVERY_S": "Seconds between a job's checkpoints; 0: chosen by their cost and the runtime's life.",
+    "GPU_CHECKPOINT_EVERY_S": "Seconds between a job's checkpoints; 0: by cost and the runtime's life; of a batch 10.",
     "GPU_DEVICE": "`cpu`, `cuda` or `mps`; chosen by what is there when not set.",
     "GPU_PRECISION": "`fp32`, `bf16` or `fp16`; chosen by the device when not set.",
     "GPU_QUANTIZE": "`8bit` or `4bit`: how models that serve hold their layers' matrices; `none` when not set.",
     "GPU_MAX_WAITING": "Generations under way or waiting; past it 429. One caller may have half of them.",
-    "GPU_TRAIN_SHARE": "Of device time, for training while others chat; more than 0, less than 1.",
+    "GPU_TRAIN_SHARE": "Of device time, for training and batches while others chat; more than 0, less than 1.",
+    "GPU_BATCH_ROWS": "Rows of a batch that are answered at once, behind whoever chats.",
     "GPU_KV_SHARE": "Of the memory that is free at start, for keys and values of chats; more than 0, less than 1.",
     "GPU_ADAPTER_BYTES": "Memory for adapters that are served; past it the least recently used leave.",
     "GPU_BLOB_BYTES": "Disk for files fetched from the relay; past it the least recently used leave.",
@@ -77,6 +78,7 @@ class Settings:
     max_body_bytes: int = 8 * 2**20
     max_waiting: int = 256
     train_share: float = 0.5
+    batch_rows: int = 32
     kv_share: float = 0.3
     adapter_bytes: int = 2 * 2**30
     blob_bytes: int = 20 * 2**30
@@ -141,6 +143,7 @@ def from_env(env: Mapping[str, str] = os.environ) -> Settings:
     return Settings(
         max_waiting=count("GPU_MAX_WAITING", default.max_waiting, 1),
         train_share=share("GPU_TRAIN_SHARE", default.train_share),
+        batch_rows=count("GPU_BATCH_ROWS", default.batch_rows, 1),
         kv_share=share("GPU_KV_SHARE", default.kv_share),
         adapter_bytes=count("GPU_ADAPTER_BYTES", default.adapter_bytes),
         blob_bytes=count("GPU_BLOB_BYTES", default.blob_bytes),

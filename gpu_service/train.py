@@ -1,40 +1,35 @@
 """The one training loop. `run` reads top to bottom and yields after every micro-batch: that is one slice.
 
-It knows the decoder, the batches and the optimizer; nothing of leases, threads or HTTP. The caller keeps its random
-state apart from everybody else's between slices. Trained tensors are fp32 copies of their own, so the base model goes
-on serving beside it, unchanged.
+It knows the trained tensors and the optimizer; what they learn is a Learner's, and of leases, threads and HTTP it knows
+nothing. The caller keeps its random state apart from everybody else's between slices. Trained tensors are fp32 copies
+of their own, so the base model goes on serving beside it, unchanged.
 """
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from adapter import LoraMeta
 from gpu_service import optimizer as optimizers
 from gpu_service import trainable
 from gpu_service.artifacts import Adapter
-from gpu_service.cache import Attention, Packed, Whole
-from gpu_service.costs import TRAINED_HEAD_CHUNK_TOKENS
 from gpu_service.course import EXPLODED, Course
-from gpu_service.data import Batch, TokenStore, epoch_order
-from gpu_service.decoder import Decoder
+from gpu_service.data import epoch_order
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest
 from gpu_service.layers import Selection
 from gpu_service.lora import Lora
-from gpu_service.models import Base, Source
 from gpu_service.optimizer import Optimizer
 from gpu_service.plan import MOMENTS_BYTES, Plan
-from gpu_service.prefix import Chosen, Prefix, Prefixes, Working
+from gpu_service.prefix import Chosen, Working
 from gpu_service.probe import Ready, fit
-from gpu_service.rows import Rows
-from gpu_service.samples import Prompt, answers
+from gpu_service.samples import Prompt
+from gpu_service.trainable import Trainable, Weights
 
 LEFT_OUT = 30  # steps in a row whose gradient overflows: the scaler halves 30 times, and then it is not the scale
 
@@ -43,15 +38,19 @@ class Diverged(BadRequest):
     code = "training_diverged"
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that one run needs; prepared off the device thread."""
+S = TypeVar("S")
+D = TypeVar("D", bound=Sized)
 
-    source: Source
+
+@dataclass(frozen=True)
+class Job(Generic[S, D]):
+    """All that one run needs; prepared off the device thread. `S` and `D`: a model's source and a data set's kind."""
+
+    source: S
     selection: Selection
     plan: Plan
-    store: TokenStore
-    validation: TokenStore | None
+    store: D
+    validation: D | None
     seed: int
     prompts: tuple[Prompt, ...] = ()
     begin: Adapter | None = None  # of the tuned model that is trained further, on the CPU
@@ -97,48 +96,76 @@ class Trained:
     course: Course = field(default_factory=Course)
 
 
+Report = Ready | Chosen | Working | Progress | State | Trained  # what a run says after a slice
+
+
+class Learner(Protocol):
+    """How wrong the trained tensors are about some rows; it was made with them."""
+
+    advice: str  # where a single row does not fit into memory
+    unit: float  # of its loss: course.py
+
+    def prepare(self) -> Generator[Chosen | Working, None, None]:
+        """What is computed once, before the first step."""
+        ...
+
+    def loss(self, rows: Sequence[int], epoch: int) -> Tensor:
+        """A scalar: summed over whatever `weight` counts, so that it does not matter how a batch is cut."""
+        ...
+
+    def weight(self, rows: Sequence[int]) -> int: ...
+
+    def seen(self, rows: Sequence[int]) -> int:
+        """Tokens, or what stands for them."""
+        ...
+
+    def validation_loss(self, rows: Sequence[int]) -> float:
+        """Their share of the loss of the validation data."""
+        ...
+
+    def trial(self, rows: int) -> Tensor:
+        """A loss of so many of the rows that need most memory."""
+        ...
+
+    def needs_bytes(self, rows: int) -> int:
+        """At most, of a slice of so many of those, beside what is held already."""
+        ...
+
+    def answers(self) -> Generator[None, None, list[str]]:
+        """To the job's prompts, a step at a time; draws nothing from the global random state."""
+        ...
+
+
 def run(
-    job: Job,
-    base: Base,
-    decoder: Decoder,
+    job: Job[S, D],
+    base: Weights,
+    learner: Callable[[Trainable], Learner],
     device: Device,
     *,
-    prefix: Prefixes | Callable[[], Generator[Chosen | Working, None, Prefixes]] = Prefixes(),  # noqa: B008
     start: State | None = None,
     wanted: Callable[[], bool] = lambda: False,
-) -> Iterator[Ready | Chosen | Working | Progress | State | Trained]:
+) -> Iterator[Report]:
     """Train, one micro-batch per `next`; the last thing yielded is what came of it.
 
     From `start` it goes on as if it had never stopped: on the same kind of device and in the same precision bit for
     bit. Between two slices `wanted` is asked; where it says yes the state follows, as of the last whole step. `Ready`
-    comes before the first step, and its plan is the one that holds. A `prefix` that is yet to be made is made after
-    that trial, so that memory runs out in the first minute or not at all. Raises Diverged when the loss is no longer a
-    number, or has risen out of reach.
+    comes before the first step, and its plan is the one that holds. What is computed once comes after that trial, so
+    that memory runs out in the first minute or not at all. Raises Diverged when the loss is no longer a number, or has
+    risen out of reach.
     """
     torch.manual_seed(job.seed)
-    plan, store, lowest = job.plan, job.store, job.selection.lowest_layer
+    plan, n_rows = job.plan, len(job.store)
     earlier = trainable.on_device(job.begin, base.device) if job.begin else None
     trained = trainable.build(job.selection, base, job.seed, earlier)
     named = trained.named
     parameters = list(named.values())
-    full, lora = trainable.weights(trained)
-    rows = Rows(base.weights, quantized=base.quantized, full=full, lora=[lora], dropout=True)
-    geometry = decoder.geometry(device.precision.dtype, device.torch)
+    learns = learner(trained)
     optimizer = Optimizer(plan, named)
     scaler = torch.amp.GradScaler(device.torch.type, enabled=device.precision.scaler)
     best = {name: p.detach().clone() for name, p in named.items()} if plan.early_stop_patience else {}
-    course = Course()
+    course = Course(unit=learns.unit)
     order: list[int] = []
-    known = prefix if isinstance(prefix, Prefixes) else Prefixes()
     left_out = 0  # steps in a row whose gradient was no number
-
-    def loss_of(data: TokenStore, micro: Sequence[int], states: Prefix | None) -> tuple[Tensor, Batch]:
-        batch, below = data.batch(micro, pad_id=0), states.hidden(micro) if states else None
-        if plan.packing:
-            below = None if below is None else batch.pack(below)
-            batch = batch.packed()
-        again = plan.activation_checkpointing
-        return summed_loss(decoder, rows, batch, lowest, device, below=below, checkpointing=again), batch
 
     def state(earlier: tuple[Course, dict[str, Tensor]] | None = None) -> State:
         began = time.perf_counter()
@@ -147,7 +174,7 @@ def run(
         return State(at, scaler.state_dict(), tensors, time.perf_counter() - began)
 
     def sampled() -> Generator[Progress | State, None, None]:
-        found = answers(decoder, rows, job.prompts, job.source, geometry)
+        found = learns.answers()
         while True:
             try:
                 next(found)
@@ -164,27 +191,14 @@ def run(
         course = start.course.copy()
     else:
         # Discarded: no step is taken, and the random state is what it was.
-        longest = store.lengths.argsort(kind="stable")[::-1].tolist()
-
         def attempt(micro: int) -> None:
             moments = [torch.empty_like(p) for p in parameters for _ in range(MOMENTS_BYTES[plan.optimizer] // 4)]
-            loss_of(store, longest[:micro], known.training)[0].backward()  # type: ignore[no-untyped-call]
+            learns.trial(micro).backward()  # type: ignore[no-untyped-call]
             del moments
             for parameter in parameters:
                 parameter.grad = None
 
-        def needs_bytes(micro: int) -> int:
-            cost = job.source.cost(
-                job.selection,
-                micro,
-                store.report.longest,
-                device.precision.dtype.itemsize,
-                checkpointing=plan.activation_checkpointing,
-                moments_bytes_per_param=MOMENTS_BYTES[plan.optimizer],
-            )
-            return cost.activations_bytes + cost.gradients_bytes + cost.optimizer_bytes
-
-        trying = fit(plan, attempt, needs_bytes, device)
+        trying = fit(plan, attempt, learns.needs_bytes, device, advice=learns.advice)
         while True:
             try:
                 next(trying)
@@ -196,8 +210,7 @@ def run(
             yield Progress(0, 0)
         plan = ready.plan
         yield ready
-    if not isinstance(prefix, Prefixes):
-        known = yield from prefix()
+    yield from learns.prepare()
 
     while not course.ended_early:
         step = course.step
@@ -206,8 +219,7 @@ def run(
             total_loss = 0.0
             for micro in _cut(list(range(len(job.validation))), plan.micro_rows):
                 with torch.no_grad():
-                    loss, _ = loss_of(job.validation, micro, known.validation)
-                total_loss += loss.item() / job.validation.report.learned_tokens
+                    total_loss += learns.validation_loss(micro)
                 yield Progress(step, course.tokens)
                 if wanted():
                     yield state()  # as before the validation, which is then run as a whole
@@ -225,19 +237,18 @@ def run(
         if step == plan.total_steps:
             break
         if index_in_epoch == 0 or not order:
-            order = epoch_order(len(store), job.seed, epoch)
+            order = epoch_order(n_rows, job.seed, epoch)
         micros = _cut(order[index_in_epoch * plan.batch_rows :][: plan.batch_rows], plan.micro_rows)
-        # The mean is over the labelled tokens of the whole batch, however it is cut into micro-batches.
-        learned = store.learned([row for micro in micros for row in micro])
+        # The mean is over all that counts in the whole batch, however it is cut into micro-batches.
+        weight = learns.weight([row for micro in micros for row in micro])
         # What a state in mid-step goes back to: no weight has changed yet.
         beginning = (course.copy(), _random()) if len(micros) > 1 else None
         total_loss = 0.0
         for index, micro in enumerate(micros):
-            loss, batch = loss_of(store, micro, known.training)
-            loss = loss / learned
+            loss = learns.loss(micro, epoch) / weight
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total_loss += loss.item()
-            course.tokens += int(batch.lengths.sum())
+            course.tokens += learns.seen(micro)
             if index + 1 < len(micros):
                 yield Progress(step, course.tokens)
                 if wanted():
@@ -334,58 +345,6 @@ def _diverged(what: str, step: int, plan: Plan) -> Diverged:
         "max_gradient_norm to 1 where it is off, or check the data.",
         param="hyperparameters",
     )
-
-
-def summed_loss(
-    decoder: Decoder,
-    rows: Rows,
-    batch: Batch,
-    lowest: int,
-    device: Device,
-    *,
-    below: Tensor | None = None,
-    checkpointing: bool = False,
-    chunk_tokens: int = TRAINED_HEAD_CHUNK_TOKENS,
-) -> Tensor:
-    """Cross entropy summed over the labelled tokens of a batch; a scalar in fp32.
-
-    Below `lowest` nothing is trained, so nothing is kept for the backward pass; `below` is what comes out there, (B, T,
-    D), where it is known. The logits of at most `chunk_tokens` labels are held at once. `checkpointing` keeps only what
-    enters a layer and computes the rest again: the same numbers, to the bit.
-    """
-    ids, learn = batch.ids.to(device.torch), batch.learn.to(device.torch)  # (B, T)
-    n_layers = decoder.n_layers
-    dropout = decoder.attention_dropout if rows.dropout else 0.0
-    attention: Attention = Whole(ids.shape[1], ids.device, dropout)
-    if batch.is_packed:
-        attention = Packed(batch.lengths.tolist(), ids.device, dropout)
-    again: Callable[..., Tensor] = checkpoint
-    if below is None:
-        with torch.set_grad_enabled(lowest == 0 and torch.is_grad_enabled()):
-            below = decoder.embed(ids, rows, attention)
-        with torch.no_grad():
-            below = decoder.layers(below, 0, lowest, rows, attention) if lowest else below
-    h = below
-    if checkpointing and torch.is_grad_enabled():
-        for layer in range(lowest, n_layers):
-            h = again(decoder.layers, h, layer, layer + 1, rows, attention, use_reentrant=False)
-    else:
-        h = decoder.layers(h, lowest, n_layers, rows, attention)
-    # The hidden state at t predicts the token at t + 1; only positions with a label reach the head.
-    labelled = learn[:, 1:]
-    h, labels = decoder.final_norm(h, rows)[:, :-1][labelled], ids[:, 1:][labelled]  # (N, D), (N,)
-
-    def loss(h: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(decoder.unembed(h, rows).float(), labels, reduction="sum")
-
-    if (frozen := rows.frozen_loss(h, decoder.head, labels)) is not None:
-        return frozen
-    if len(labels) <= chunk_tokens:
-        return loss(h, labels)
-    # Logits are computed again in the backward pass, never all held.
-    cuts = [slice(at, at + chunk_tokens) for at in range(0, len(labels), chunk_tokens)]
-    parts = [again(loss, h[cut], labels[cut], use_reentrant=False) for cut in cuts]
-    return torch.stack(parts).sum()
 
 
 def _cut(rows: list[int], size: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ the base model and nothing else. Knows neither data nor loss.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,19 @@ from adapter import LoraMeta
 from gpu_service.artifacts import Adapter
 from gpu_service.layers import LoraTarget, Selection
 from gpu_service.lora import Lora
-from gpu_service.models import Base
+
+
+class Weights(Protocol):
+    """A model in memory, as far as a run looks at it."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def whole(self, name: str) -> Tensor: ...
+
 
 SIDES = {"a": "a", "b": "b", "m": "magnitude"}  # of a Lora
 
@@ -41,7 +54,7 @@ def shapes(selection: Selection) -> dict[str, tuple[int, ...]]:
     """Of `Trainable.named`."""
     found: dict[str, tuple[int, ...]] = {t.name: tuple(t.shape) for t in selection.full}
     for target in selection.lora:
-        out_features, in_features = target.tensor.shape
+        out_features, in_features = target.tensor.matrix
         found[f"{target.tensor.name}:a"] = (target.rank, in_features)
         found[f"{target.tensor.name}:b"] = (out_features, target.rank)
         if target.dora:
@@ -58,7 +71,7 @@ def on_device(adapter: Adapter, device: torch.device) -> Adapter:
     return Adapter(adapter.meta, {n: x.to(device) for n, x in adapter.full.items()}, lora)
 
 
-def build(selection: Selection, base: Base, seed: int, earlier: Adapter | None = None) -> Trainable:
+def build(selection: Selection, base: Weights, seed: int, earlier: Adapter | None = None) -> Trainable:
     """fp32 copies that require gradients. LoRA starts as no change: A random, B zero (arXiv:2106.09685).
 
     So does DoRA, whose magnitudes are the lengths that the weight's rows have.
@@ -74,20 +87,19 @@ def build(selection: Selection, base: Base, seed: int, earlier: Adapter | None =
             lora[name] = _trained(earlier.lora[name])
             continue
         if earlier and name in earlier.meta.tensors:
-            frozen[name] = before(name, base, earlier).to(next(iter(base.weights.values())).dtype)
+            frozen[name] = before(name, base, earlier).to(base.dtype)
         if target.dora:
             fresh = replace(fresh, magnitude=fresh.lengths(frozen.get(name, base.whole(name))).requires_grad_())
         lora[name] = fresh
     if earlier is None:
         return Trainable(full, lora)
     ours = {*full, *lora}
-    dtype = next(iter(base.weights.values())).dtype
-    frozen |= {name: tensor.to(dtype) for name, tensor in earlier.full.items() if name not in ours}
+    frozen |= {name: tensor.to(base.dtype) for name, tensor in earlier.full.items() if name not in ours}
     return Trainable(full, lora, frozen, {n: x for n, x in earlier.lora.items() if n not in ours})
 
 
 def _fresh(target: LoraTarget, device: torch.device, random: torch.Generator) -> Lora:
-    out_features, in_features = target.tensor.shape
+    out_features, in_features = target.tensor.matrix
     a = torch.empty(target.rank, in_features).uniform_(-1, 1, generator=random) / math.sqrt(in_features)
     b = torch.zeros(out_features, target.rank)
     return Lora(a.to(device).requires_grad_(), b.to(device).requires_grad_(), target.scale)
@@ -109,15 +121,15 @@ def _own(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def folded(weight: Tensor, pair: Lora) -> Tensor:
-    """(out, in) fp32: the weight with what the adapter does to it."""
-    whole = torch.addmm(weight.float(), pair.b.float(), pair.a.float(), alpha=pair.scale)
+    """fp32, in its own shape: the weight with what the adapter does to it."""
+    whole = torch.addmm(weight.float().flatten(1), pair.b.float(), pair.a.float(), alpha=pair.scale)
     if pair.magnitude is not None:
         whole *= (pair.magnitude.float() / pair.lengths(weight))[:, None]
-    return whole
+    return whole.view_as(weight)
 
 
 @torch.no_grad()
-def before(name: str, base: Base, earlier: Adapter | None) -> Tensor:
+def before(name: str, base: Weights, earlier: Adapter | None) -> Tensor:
     """A tensor as the run finds it, fp32; not to be written to."""
     if earlier and name in earlier.full:
         return earlier.full[name].float()
@@ -127,7 +139,7 @@ def before(name: str, base: Base, earlier: Adapter | None) -> Tensor:
 
 
 @torch.no_grad()
-def after(name: str, base: Base, trained: Trainable) -> Tensor:
+def after(name: str, base: Weights, trained: Trainable) -> Tensor:
     """A trained tensor as the run leaves it, fp32."""
     if name in trained.full:
         return trained.full[name].float()
@@ -144,7 +156,7 @@ class Result:
 
 
 @torch.no_grad()
-def result(selection: Selection, trained: Trainable, base: Base, earlier: Adapter | None) -> Result:
+def result(selection: Selection, trained: Trainable, base: Weights, earlier: Adapter | None) -> Result:
     """What was trained, and what was carried.
 
     Where a lora lies on a weight that is not the base's, both become one: of two plain pairs a pair of both ranks, and
@@ -195,7 +207,7 @@ def _out(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def change(name: str, base: Base, trained: Trainable, earlier: Adapter | None) -> tuple[float, float]:
+def change(name: str, base: Weights, trained: Trainable, earlier: Adapter | None) -> tuple[float, float]:
     """How far a trained tensor has moved, and how large it was: Frobenius norms."""
     was = before(name, base, earlier)
     moved = torch.linalg.vector_norm(after(name, base, trained) - was)

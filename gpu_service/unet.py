@@ -1,4 +1,4 @@
-"""The UNet's blocks by name, and the dials on them.
+"""The UNet's blocks by name, the dials on them, and a pass that takes most of its work from an earlier step.
 
 A block is `down.0`, `mid` or `up.2`, as diffusers orders them. Dials act by picture, through hooks that are there for
 the length of one pass: attention and feed-forward outputs are multiplied, and norms are computed again with their
@@ -96,9 +96,9 @@ def _norm_again(gains: Tensor) -> Any:
         shape = [-1, *[1] * (x.dim() - 1)]
         eps = (gains.to(x.device) * module.eps).view(shape)
         if isinstance(module, nn.GroupNorm):
-            parts = x.view(len(x), module.num_groups, -1)
+            parts = x.reshape(len(x), module.num_groups, -1)
             mean, var = parts.mean(-1, keepdim=True), parts.var(-1, keepdim=True, unbiased=False)
-            normed = ((parts - mean) * (var + eps.view(-1, 1, 1)).rsqrt()).view_as(x)
+            normed = ((parts - mean) * (var + eps.view(-1, 1, 1)).rsqrt()).reshape(x.shape)
             across = (1, -1, *[1] * (x.dim() - 2))
         else:
             mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
@@ -109,3 +109,50 @@ def _norm_again(gains: Tensor) -> Any:
         return torch.where((gains != 1.0).to(x.device).view(shape), normed.to(out), out)
 
     return hook
+
+
+# --- reuse between steps ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def keeping(unet: Any, *, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Of the pass within: what enters the last block on the way up, that is, all that lies deeper."""
+    found: list[Tensor] = []
+    if not wanted:
+        yield found
+        return
+
+    def hook(module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        found.append(named["hidden_states"])
+
+    handle = unet.up_blocks[-1].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+class Shallow(nn.Module):
+    """A pass through the outermost blocks alone; what lies deeper is as an earlier step left it, for it changes little
+    from one to the next. https://arxiv.org/abs/2312.00858
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, times: Tensor, texts: Tensor, deep: Tensor) -> Tensor:
+        """`deep`: of `keeping`, for the same pictures. What the UNet makes of them."""
+        unet: Any = self.unet
+        told = unet.time_embedding(unet.time_proj(times).to(sample.dtype))
+        h = unet.conv_in(sample)
+        first, last = unet.down_blocks[0], unet.up_blocks[-1]
+        _, across = first(h, told, **_texts(first, texts))
+        across = (h, *across)[: len(last.resnets)]  # without the halved one, which only deeper blocks see
+        h = last(deep, across, told, **_texts(last, texts))
+        out: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(h)))
+        return out
+
+
+def _texts(block: Any, texts: Tensor) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": texts} if getattr(block, "has_cross_attention", False) else {}

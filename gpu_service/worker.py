@@ -10,50 +10,40 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Generic, Literal, TypeVar
 
 import torch
 
-from gpu_service import artifacts, costs, image, kernels, prepare, train
-from gpu_service import decoder as decoders
-from gpu_service.artifacts import Adapter
-from gpu_service.cache import Whole
+from gpu_service import image, learn_pictures, prepare, train
 from gpu_service.decoder import Decoder
 from gpu_service.device import Device, give_back, translate
 from gpu_service.errors import BadRequest, GpuError, OutOfMemory, Stopping, TooBusy
+from gpu_service.learn_pictures import PictureJob
+from gpu_service.learn_text import TextJob
 from gpu_service.metrics import Metrics
 from gpu_service.models import Base, Models
 from gpu_service.prefix import Shelf
-from gpu_service.rows import Dials, Rows, join
+from gpu_service.resident import AdapterFiles, Resident
+from gpu_service.rows import Dials
 from gpu_service.sampling import Sampling
-from gpu_service.scheduler import Scheduler
+from gpu_service.scheduler import Kind, Scheduler
 from gpu_service.settings import Settings
-from gpu_service.text import Engine, Event, Finish, Request, Served
-from gpu_service.train import Job
+from gpu_service.text import Engine, Event, Finish, Request
+from gpu_service.tuned import PLAIN
 
 log = logging.getLogger(__name__)
 
 PREFILL_CHUNK_TOKENS = 256  # of a prompt, in one step; the others get a token in between
 PREFILL_CHUNK_TOKENS_GPU = 2048
 
-PROBE_TOKENS = 64  # of the pass that measures how fast a model runs here
-
 T = TypeVar("T")
-Report = prepare.Report  # what a run says after a slice
-
-
-@dataclass(frozen=True)
-class AdapterFiles:
-    """A tuned model's files on disk, by name; `id` changes with their content."""
-
-    id: str
-    files: Mapping[str, Path]
+Report = train.Report  # what a run says after a slice
 
 
 @dataclass(frozen=True)
@@ -110,11 +100,14 @@ def _unless_closed() -> Iterator[None]:
         log.debug("the event loop has closed")
 
 
+AnyJob = TextJob | PictureJob
+
+
 class Training:
     """A run under way, with random state of its own."""
 
     def __init__(
-        self, job: train.Job, stream: Stream[Report], start: train.State | None, wanted: Callable[[], bool]
+        self, job: AnyJob, stream: Stream[Report], start: train.State | None, wanted: Callable[[], bool]
     ) -> None:
         self.job, self.stream, self.start, self.wanted = job, stream, start, wanted
         self.steps: Iterator[Report] | None = None
@@ -138,19 +131,17 @@ class Worker:
     def __init__(self, settings: Settings, device: Device, models: Models) -> None:
         self._device, self._models = device, models
         self._max_waiting = settings.max_waiting
-        self._adapter_bytes = settings.adapter_bytes
-        self._compiled = settings.data_dir / "compiled"
+        self._resident = Resident(device, models, settings.data_dir / "compiled", settings.adapter_bytes)
         self._scheduler = Scheduler(settings.train_share)
         budget_bytes = int(settings.kv_share * max(device.free_bytes() - models.weights_bytes(), 0))  # they come later
         chunk_tokens = PREFILL_CHUNK_TOKENS if device.torch.type == "cpu" else PREFILL_CHUNK_TOKENS_GPU
         self._text = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
+        # Of a batch: nobody waits for it, and its memory is what a training would have taken.
+        self._behind = Engine(budget_bytes, chunk_tokens, device.precision.dtype, device.torch)
         self.metrics = self._measured()
         self._shelf = Shelf(settings.data_dir / "prefix", settings.prefix_bytes)
         self._pictures = image.Pictures()
         self._trainings: list[Training] = []
-        self._served: dict[str, Served] = {}
-        self._speeds: dict[str, float] = {}  # flops a second, by model
-        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # least recently used first
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = self._refusing = False
         self.draining = False  # no new generations; those under way go on
@@ -175,7 +166,7 @@ class Worker:
 
     def flops_per_s(self, model: str) -> float | None:
         """What this device does with this model, measured when it was loaded; None before that."""
-        return self._speeds.get(model)
+        return self._resident.flops_per_s.get(model)
 
     @property
     def active_requests(self) -> int:
@@ -192,15 +183,34 @@ class Worker:
         """
         stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)
         with self._live(stream, wanted.caller):
-            self._post(lambda: self._admit(wanted, stream))
+            self._post(lambda: self._admit(wanted, stream, self._text))
             async for item in stream.read():
                 yield item
 
-    async def draw(self, wanted: image.Wanted) -> AsyncIterator[image.Shown]:
+    async def generate_behind(self, wanted: Generation) -> AsyncIterator[Event]:
+        """As `generate`, for a job: in steps that are taken when nobody waits, or from the share that training has.
+
+        How many there are at once is for the job to bound. Raises as `generate`, but TooBusy.
+        """
+        if self._refusing:
+            raise Stopping("This gpu is stopping.")
+        stream: Stream[Event] = Stream(lambda item: isinstance(item, Finish), wanted.n)
+        self._post(lambda: self._admit(wanted, stream, self._behind))
+        try:
+            async for item in stream.read():
+                yield item
+        finally:
+            stream.closed = True
+
+    def picture_s(self, model: str) -> float | None:
+        """Of one pass for one picture of the native size, measured when the model was loaded; None before that."""
+        return self._resident.picture_s.get(model)
+
+    async def draw(self, wanted: image.Wanted, adapter: AdapterFiles | None = None) -> AsyncIterator[image.Shown]:
         """Previews, and each picture once. Whoever stops reading stops them within one step. Raises as `generate`."""
         stream: Stream[image.Shown] = Stream(lambda item: item.preview is None, len(wanted.seeds))
         with self._live(stream, wanted.caller):
-            self._post(lambda: self._admit_pictures(wanted, stream))
+            self._post(lambda: self._admit_pictures(wanted, adapter, stream))
             async for item in stream.read():
                 yield item
 
@@ -224,7 +234,7 @@ class Worker:
             self._active += Counter()  # forgets who has none
 
     async def train(
-        self, job: train.Job, *, start: train.State | None = None, wanted: Callable[[], bool] = lambda: False
+        self, job: AnyJob, *, start: train.State | None = None, wanted: Callable[[], bool] = lambda: False
     ) -> AsyncIterator[Report]:
         """Progress after each slice, then what was trained. Whoever stops reading stops the run after its slice.
 
@@ -261,6 +271,7 @@ class Worker:
         metrics.ask("active_requests", "Generations accepted and not ended.", lambda: self.active_requests)
         metrics.ask("waiting", "Of those, the ones that wait for memory.", lambda: text.vitals.waiting)
         metrics.ask("rows", "Answers that are written in the same step.", lambda: text.vitals.rows)
+        metrics.ask("batch_rows", "Of a batch, the ones that are written at once.", lambda: self._behind.vitals.rows)
         metrics.ask("kv_held_bytes", "Set aside for keys and values.", lambda: text.vitals.held_bytes)
         metrics.ask("kv_budget_bytes", "What there is for keys and values.", lambda: text.budget_bytes)
         metrics.ask("trainings", "Training runs on the device.", lambda: len(self._trainings))
@@ -272,24 +283,35 @@ class Worker:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._read_inbox(wait=not self._text and not self._pictures and not self._trainings)
-            kind = self._scheduler.choose(text=bool(self._text), image=bool(self._pictures), train=self._may_train())
+            self._read_inbox(wait=not any((self._text, self._pictures, self._trainings, self._behind)))
+            unhurried = self._may_train() or bool(self._behind)
+            kind = self._scheduler.choose(text=bool(self._text), image=bool(self._pictures), train=unhurried)
             if kind is None:
                 continue
-            start = time.perf_counter()
-            if kind == "text":
-                self._text_step()
-            elif kind == "image":
-                self._pictures.step()
-            else:
-                self._slice(self._trainings[0])
+            start, did = time.perf_counter(), self._do(kind)
             took_s = time.perf_counter() - start
             self._scheduler.ran(kind, took_s)
-            self.metrics.ran(kind, took_s)
+            self.metrics.ran(did, took_s)
         stopping = Stopping("This gpu is stopping.")
         self._fail_live(stopping)
+        self._behind.fail_all(stopping)
         for training in self._trainings:
             training.stream.send(stopping)
+
+    def _do(self, kind: Kind) -> Kind | Literal["batch"]:
+        """A step or a slice; which it was. A gpu holds one job at a time: it does not train and answer a batch."""
+        if kind == "text":
+            self._text_step(self._text)
+        elif kind == "image":
+            self._pictures.step()
+        elif self._behind:
+            self._text_step(self._behind)
+            if not self._behind:
+                self._behind.forget()
+            return "batch"
+        else:
+            self._slice(self._trainings[0])
+        return kind
 
     def _fail_live(self, error: BaseException) -> None:
         self._text.fail_all(error)
@@ -297,9 +319,9 @@ class Worker:
 
     def _load(self, model: str) -> None:
         if self._models.makes_pictures(model):
-            self._models.load_pictures(model)
+            self._resident.painter(model)
         else:
-            self._serve(self._models.load(model))
+            self._resident.text(model)
 
     def _may_train(self) -> bool:
         """A streamed run begins once nobody uses its model any more; from then on nobody can."""
@@ -309,9 +331,9 @@ class Worker:
         model = training.job.source.id
         if training.steps is None and training.job.plan.stream_layers:
             self._models.withhold(model)
-            if self._text.uses(model):
+            if self._text.uses(model) or self._behind.uses(model):
                 return False
-            self._served.pop(model, None)
+            self._resident.forget(model)
             self._text.forget()
         return True
 
@@ -321,13 +343,13 @@ class Worker:
             training.steps = None  # its weights, before the model comes back
             self._models.restore(training.job.source.id)
 
-    def _text_step(self) -> None:
+    def _text_step(self, engine: Engine) -> None:
         try:
-            self._text.step()
+            engine.step()
         except Exception as exc:  # the thread serves everybody: it must outlive what went wrong between the rows
             log.exception("a step failed")
-            self._text.fail_all(translate(exc))
-        n_read, n_written = self._text.take_counts()
+            engine.fail_all(translate(exc))
+        n_read, n_written = engine.take_counts()
         self.metrics.read.inc(n_read)
         self.metrics.written.inc(n_written)
 
@@ -339,14 +361,14 @@ class Worker:
         except queue.Empty:
             return
 
-    def _admit(self, wanted: Generation, stream: Stream[Event]) -> None:
+    def _admit(self, wanted: Generation, stream: Stream[Event], engine: Engine) -> None:
         if stream.closed:
             return
         try:
             base = self._models.load(wanted.base_model)
             request = Request(
-                served=self._serve(base),
-                adapter=self._adapter(wanted.adapter, base) if wanted.adapter else None,
+                served=self._resident.text(wanted.base_model),
+                adapter=self._resident.adapter(wanted.adapter, base) if wanted.adapter else None,
                 adapter_id=wanted.adapter.id if wanted.adapter else None,
                 dials=wanted.dials,
                 prompt=wanted.prompt,
@@ -359,8 +381,8 @@ class Worker:
                 cancelled=lambda: stream.closed,
             )
             if wanted.shorten:
-                request = self._text.shortened(request)
-            needs, budget = self._text.needs_bytes(request), self._text.budget_bytes
+                request = engine.shortened(request)
+            needs, budget = engine.needs_bytes(request), engine.budget_bytes
             if needs > budget:
                 raise BadRequest(
                     f"Keys and values of this request would take {needs / 1e6:,.0f} MB, and this gpu has "
@@ -368,18 +390,19 @@ class Worker:
                     param="max_tokens",
                     code="does_not_fit",
                 )
-            self._text.add(request)
+            engine.add(request)
         except Exception as exc:  # handed to the caller, who waits for the first token
             if not isinstance(exc, GpuError):
                 log.exception("a generation could not start")
             stream.send(translate(exc))
 
-    def _admit_pictures(self, wanted: image.Wanted, stream: Stream[image.Shown]) -> None:
+    def _admit_pictures(self, wanted: image.Wanted, files: AdapterFiles | None, stream: Stream[image.Shown]) -> None:
         if stream.closed:
             return
         try:
-            base = self._models.load_pictures(wanted.base_model)
-            self._pictures.add(image.Request(base, wanted, stream.send, lambda: stream.closed))
+            base = self._resident.painter(wanted.base_model)
+            tuned = self._resident.tuned(files, base) if files else PLAIN
+            self._pictures.add(image.Request(base, wanted, stream.send, lambda: stream.closed, tuned))
         except Exception as exc:  # handed to the caller, who waits for the first picture
             if not isinstance(exc, GpuError):
                 log.exception("a picture could not start")
@@ -393,14 +416,7 @@ class Worker:
                 raise StopIteration
             with training.own_random_state():
                 if training.steps is None:
-                    training.steps = prepare.steps(
-                        training.job,
-                        self._device,
-                        self._shelf,
-                        lambda: self._resident(training.job),
-                        start=training.start,
-                        wanted=training.wanted,
-                    )
+                    training.steps = self._steps(training)
                     training.start = None  # it has been copied
                 item = next(training.steps)
             self._count(training, item, time.perf_counter() - began)
@@ -418,6 +434,15 @@ class Worker:
                 give_back(self._device.torch)
         training.stream.send(item)
 
+    def _steps(self, training: Training) -> Iterator[Report]:
+        job, start, wanted = training.job, training.start, training.wanted
+        if isinstance(job, PictureJob):
+            model = job.source.id
+            return learn_pictures.steps(
+                job, self._device, lambda: self._resident.painter(model), start=start, wanted=wanted
+            )
+        return prepare.steps(job, self._device, self._shelf, partial(self._trained_on, job), start=start, wanted=wanted)
+
     def _count(self, training: Training, item: Report, took_s: float) -> None:
         training.step_s += took_s
         if not isinstance(item, train.Progress):
@@ -429,46 +454,9 @@ class Worker:
             self.metrics.train_step.observe(training.step_s)
             training.step_s = 0.0
 
-    def _resident(self, job: Job) -> tuple[Base, Decoder]:
-        decoder = self._serve(self._models.load(job.source.id)).decoder
+    def _trained_on(self, job: TextJob) -> tuple[Base, Decoder]:
+        decoder = self._resident.text(job.source.id).decoder
         return self._models.load(job.source.id, job.selection.quantize), decoder
-
-    def _serve(self, base: Base) -> Served:
-        source = base.source
-        if source.id not in self._served:
-            decoder = decoders.build(source.family, source.config, self._device.torch)
-            # Elsewhere memory that is given back piece by piece may be of no use to what is larger.
-            joined = join(base.weights, decoder.same_input()) if self._device.torch.type == "cpu" else {}
-            served = Served(
-                source.id,
-                decoder,
-                base.weights,
-                source.tokenizer,
-                source.stop_ids,
-                base.quantized,
-                kernels.choose([w for w in base.weights.values() if w.dim() == 2], self._compiled),
-                joined,
-            )
-            self._served[source.id] = served
-            self._speeds[source.id] = costs.forward_flops(source.tensors, tied=source.tied) / token_s(
-                served.decoder, Rows(served.weights, quantized=served.quantized), self._device.torch
-            )
-        return self._served[source.id]
-
-    def _adapter(self, wanted: AdapterFiles, base: Base) -> Adapter:
-        """On the device, in the base's precision; the least recently used leave when the budget is spent."""
-        if wanted.id in self._adapters:
-            self._adapters.move_to_end(wanted.id)
-            return self._adapters[wanted.id]
-        adapter = artifacts.load(wanted.files, base.source.tensors)
-        if adapter.meta.base_revision not in ("", base.source.revision):
-            # The same weights have one revision as a folder and another from the hub: no reason to refuse.
-            log.warning("%s has another revision here than the one that this adapter was trained on", base.source.id)
-        adapter = adapter.served(self._device.torch, self._device.precision.dtype, base.whole)
-        self._adapters[wanted.id] = adapter
-        while len(self._adapters) > 1 and sum(a.n_bytes for a in self._adapters.values()) > self._adapter_bytes:
-            self._adapters.popitem(last=False)
-        return adapter
 
 
 def _random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -480,16 +468,3 @@ def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
-
-
-@torch.inference_mode()
-def token_s(decoder: Decoder, rows: Rows, device: torch.device) -> float:
-    """Seconds that a token takes in a short prompt; of two passes the second counts."""
-    ids, seconds = torch.ones((1, PROBE_TOKENS), dtype=torch.long, device=device), 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        attention = Whole(PROBE_TOKENS, device)
-        h = decoder.layers(decoder.embed(ids, rows, attention), 0, decoder.n_layers, rows, attention)
-        decoder.unembed(decoder.final_norm(h, rows), rows).sum().item()  # waits for the device
-        seconds = time.perf_counter() - start
-    return seconds / PROBE_TOKENS

@@ -23,15 +23,15 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import frames
 import logs
-from relay import backup, errors, processes, settings, tables
+from relay import backup, errors, folder, processes, safety, settings, tables
 from relay.accounts import SCOPES, Accounts, Rules
 from relay.app import create_app, prepare
 from relay.audit import Audit
-from relay.blobs import Blobs
 from relay.enrol_tokens import EnrolTokens
 from relay.passwords import Passwords
 from relay.people import People
 from relay.settings import Settings
+from relay.storage import blobs_of, copy_to_bucket
 from relay.store import Store
 
 KEEPALIVE_S = 75  # longer than nginx and most clients keep theirs, so that they are the first to let go
@@ -77,16 +77,21 @@ def serve(config: Settings) -> int:
     logs.configure(
         config.log_level, config.log_format, ("relay",), told=(sqlite3.OperationalError, sqlite3.DatabaseError)
     )
-    settings.check_safe(config)
+    safety.check_safe(config)
     try:
         listener = _listen(config)
     except OSError as exc:
         taken = exc.errno == errno.EADDRINUSE
         reason = "is taken: stop what uses it or set RELAY_PORT" if taken else f"can't be used: {exc.strerror}"
         return _complain(f"port {config.port} on {config.host} {reason}")
-    status = asyncio.run(_with_database(config, _look, argparse.Namespace()))
+    prepare(config)
+    with listener, folder.hold(config.data_dir, shared=config.database.startswith("postgresql")):
+        return _serve(config, listener)
+
+
+def _serve(config: Settings, listener: socket.socket) -> int:
+    status = asyncio.run(_with_database(config, _look, argparse.Namespace(settings=config)))
     if status:
-        listener.close()
         return status
     app = create_app(config)
     options = uvicorn.Config(
@@ -130,8 +135,11 @@ def _listen(config: Settings) -> socket.socket:
 # --- the other commands: they read and write the same database, with or without a relay running ---
 
 
-async def _look(_: Accounts, __: Store, ___: argparse.Namespace) -> None:
-    """Opening the database was all: what is wrong with it is said in one line, not in a traceback."""
+async def _look(_: Accounts, store: Store, args: argparse.Namespace) -> None:
+    """What is wrong with database or folder is said in one line, not in a traceback."""
+    blobs = blobs_of(args.settings)
+    await blobs.probe()
+    await folder.check(store, blobs, args.settings.data_dir)
 
 
 async def _create_key(accounts: Accounts, _: Store, args: argparse.Namespace) -> None:
@@ -221,10 +229,11 @@ async def _show_jobs(_: Accounts, store: Store, __: argparse.Namespace) -> None:
     async with store.read() as db:
         rows = (await db.execute(query.order_by(t.c.created_at.desc()).limit(JOBS_SHOWN))).all()
     _table(
-        ("id", "user", "status", "model", "gpu", "attempts", "made"),
+        ("id", "kind", "user", "status", "model", "gpu", "attempts", "made"),
         [
             (
                 r.id,
+                r.kind,
                 r.name,
                 r.status,
                 r.fine_tuned_model or r.base_model,
@@ -238,8 +247,7 @@ async def _show_jobs(_: Accounts, store: Store, __: argparse.Namespace) -> None:
 
 
 def _people(accounts: Accounts, store: Store, args: argparse.Namespace) -> People:
-    blobs = Blobs(args.settings.data_dir / "blobs", args.settings.min_free_bytes)
-    return People(store, blobs, accounts, time.time)
+    return People(store, blobs_of(args.settings), accounts, time.time)
 
 
 async def _list_users(accounts: Accounts, store: Store, args: argparse.Namespace) -> None:
@@ -270,10 +278,25 @@ async def _show_audit(_: Accounts, store: Store, __: argparse.Namespace) -> None
     )
 
 
+def _copy_blobs(args: argparse.Namespace) -> int:
+    config: Settings = args.settings
+    if not config.blobs_url:
+        return _complain("RELAY_BLOBS_URL names the bucket to copy to: set it first")
+    prepare(config)
+    with folder.hold(config.data_dir, shared=False):
+        copied = asyncio.run(copy_to_bucket(config))
+    print(f"{config.blobs_url} has {copied.blobs} blobs of the folder, {copied.bytes:,} bytes; they stay there too")
+    if not copied.damaged:
+        return 0
+    print(f"these are damaged in the folder, and were not copied: {', '.join(copied.damaged)}", file=sys.stderr)
+    return 1
+
+
 def _backup(args: argparse.Namespace) -> int:
     made = backup.make(args.settings, args.to)
     held = f"; {' and '.join(made.secrets)} too: keep it as secret as those" if made.secrets else ""
-    print(f"{args.to} holds the database and {made.blobs} blobs, {made.bytes:,} bytes{held}")
+    listed = f"the list of {made.in_bucket} blobs, which are in the bucket alone" if args.settings.blobs_url else ""
+    print(f"{args.to} holds the database and {listed or f'{made.blobs} blobs'}, {made.bytes:,} bytes{held}")
     if not made.left_out:
         return 0
     print(
@@ -283,11 +306,13 @@ def _backup(args: argparse.Namespace) -> int:
 
 
 def _restore(args: argparse.Namespace) -> int:
-    before = backup.restore(args.settings, args.source, args.replace)
+    before, missing = backup.restore(args.settings, args.source, args.replace)
     print(f"{args.settings.data_dir} is as it was when {args.source} was made: start the relay")
     if before:
-        print(f"what was there lies in {before}: remove it when it is no longer needed")
-    return 0
+        print(f"what was there lies in {' and in '.join(before)}: remove it when it is no longer needed")
+    if missing:
+        print(f"the bucket lacks what this database names: {', '.join(missing)}", file=sys.stderr)
+    return 1 if missing else 0
 
 
 def _when(at: float | None) -> str:
@@ -342,7 +367,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="run the relay").set_defaults(apart=lambda args: serve(args.settings))
     work = commands.add_parser("worker", help="a Celery worker, which hands jobs out; with RELAY_BROKER_URL")
     work.add_argument("--concurrency", type=_positive(int, 64), default=2)
-    work.set_defaults(apart=lambda args: processes.worker(args.settings, args.concurrency))
+    work.add_argument("--name", help="by which Celery asks for it, before the @ and the machine")
+    work.set_defaults(apart=lambda args: processes.worker(args.settings, args.concurrency, args.name))
     beat = commands.add_parser("beat", help="Celery's clock, one for all; with RELAY_BROKER_URL")
     beat.set_defaults(apart=lambda args: processes.beat(args.settings))
     flower = commands.add_parser("flower", help="shows Celery's work, on loopback; with RELAY_BROKER_URL")
@@ -390,6 +416,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("jobs", help=f"the last {JOBS_SHOWN} jobs").set_defaults(command=_show_jobs)
     shown = f"the last {ENTRIES_SHOWN} entries of the audit log"
     commands.add_parser("audit", help=shown).set_defaults(command=_show_audit)
+    stored = commands.add_parser("blobs", help="files, models and checkpoints").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    copy = stored.add_parser("copy", help="from the folder to the bucket of RELAY_BLOBS_URL; no relay may run")
+    copy.set_defaults(apart=_copy_blobs)
     save = commands.add_parser("backup", help="all that the relay holds, its secrets too, as one tar; it may run")
     save.add_argument("to", type=Path, metavar="TO.tar")
     save.set_defaults(apart=_backup)

@@ -175,7 +175,7 @@ class Accounts:
             async with self._store.write() as db:
                 for key_id, at in noted.items():
                     await db.execute(update(keys).where(keys.c.id == key_id).values(last_used_at=at))
-        except SQLAlchemyError:
+        except (SQLAlchemyError, errors.Unavailable):
             log.exception("when keys were used could not be written; it is tried again")
             return
         for key_id, at in noted.items():

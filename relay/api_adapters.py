@@ -1,4 +1,4 @@
-"""/v1/models: import of an adapter that peft has saved, and export as one. Routes of our own, beside the OpenAI ones.
+"""/v1/models: import of an adapter that other tools saved, and export as one. Routes of our own, beside OpenAI's.
 
 They stand before those in the application: a model's id may have slashes, so `{id}` takes what follows it too.
 """
@@ -6,7 +6,7 @@ They stand before those in the application: a model's id may have slashes, so `{
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
@@ -39,15 +39,18 @@ class AdapterApi:
                 f"an adapter is compared with the tensors of '{base.id}', which only a gpu that has it knows, and none "
                 "is here now: try again when one is"
             )
-        target = f"/v1/models/{quote(base.id, safe='/')}/layers"
-        try:
-            status, body = await api.client.ask(to, "GET", target, None)
-        except errors.GpuUnreachable:
-            api.gpus.mark_unreachable(to)
-            raise
-        if status != 200:
-            raise errors.GpuUnreachable(f"gpu {to.name!r} did not say what '{base.id}' consists of: try again")
-        return base_tensors(parse_object(body))
+        answers: list[dict[str, Any]] = []
+        for query in ("", "?component=text_encoder") if base.family == "sd" else ("",):
+            target = f"/v1/models/{quote(base.id, safe='/')}/layers{query}"
+            try:
+                status, body = await api.client.ask(to, "GET", target, None)
+            except errors.GpuUnreachable:
+                api.gpus.mark_unreachable(to)
+                raise
+            if status != 200:
+                raise errors.GpuUnreachable(f"gpu {to.name!r} did not say what '{base.id}' consists of: try again")
+            answers.append(parse_object(body))
+        return base_tensors(answers)
 
 
 def router(parts: AdapterApi) -> APIRouter:
@@ -56,7 +59,7 @@ def router(parts: AdapterApi) -> APIRouter:
 
     @routes.post("/models/import")
     async def import_model(request: Request) -> JSONResponse:
-        """multipart: `file`, a zip of what `save_pretrained` wrote; `model`, its base; `suffix`."""
+        """multipart: `file`, a zip of what `save_pretrained` wrote or a LoRA file; `model`, its base; `suffix`."""
         user = await api.user(request, "train")
         limit_bytes = api.settings.max_upload_bytes
         if int(request.headers.get("content-length") or 0) > limit_bytes + FORM_OVERHEAD_BYTES:
@@ -82,23 +85,25 @@ def router(parts: AdapterApi) -> APIRouter:
         return JSONResponse(shapes.model(await api.models.resolve(user.id, model_id)))
 
     @routes.get("/models/{model_id:path}/export")
-    async def export_model(model_id: str, request: Request) -> StreamingResponse:
-        """A zip that peft loads once it is unpacked."""
+    async def export_model(
+        model_id: str, request: Request, format: Literal["diffusers", "kohya"] | None = None
+    ) -> StreamingResponse:
+        """A zip that peft loads once it is unpacked; of a model that makes pictures the file that diffusers loads."""
         user = await api.user(request, "train")
         model = await api.models.resolve(user.id, model_id)
         if not model.is_tuned:
             raise errors.InvalidRequest(
                 f"'{model_id[:200]}' is a base model: only tuned models are exported", param="model"
             )
-        archive = await parts.adapters.export(await api.models.tuned(model.id))
-        size_bytes = archive.seek(0, 2)
-        archive.seek(0)
+        export = await parts.adapters.export(await api.models.tuned(model.id), format)
+        size_bytes = export.file.seek(0, 2)
+        export.file.seek(0)
         name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model.id)
         headers = {
             "content-length": str(size_bytes),
-            "content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}.zip",
+            "content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}{export.ending}",
         }
-        return StreamingResponse(_read(archive), media_type="application/zip", headers=headers)
+        return StreamingResponse(_read(export.file), media_type=export.media_type, headers=headers)
 
     return routes
 

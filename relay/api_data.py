@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 import datafile
 import dataset
-from relay import errors, shapes
+from relay import errors, kinds, shapes
 from relay.api_openai import OpenAIApi
 from relay.bodies import parse, parse_object, read_body
+from relay.files import BATCH_PURPOSE
 from relay.models import Model
 
 MODEL_ROWS = 1000  # of a file that a gpu tokenises for a report
 MODEL_BYTES = 2**19
+SHOWN_PICTURES, SHOWN_BYTES, SHOWN_SIDE = 12, 2**17, 96  # of a report
 GPU_REPORT = "/v1/data/report"
 
 
@@ -73,12 +75,27 @@ def router(parts: DataApi) -> APIRouter:
         max_length_tokens: Annotated[int | None, Query(ge=8)] = None,
         train_on: Literal["completions", "all"] | None = None,
     ) -> JSONResponse:
-        """What is in a file; with `model` also what that model will see of it."""
+        """What is in a file; with `model` also what that model will see of it. Of pictures a few, small.
+
+        Of a batch's rows, whom they ask, and where.
+        """
         user = await api.user(request, "train")
+        if (row := await api.files.get(user.id, file_id)).purpose == BATCH_PURPOSE:
+            asks = await api.files.requests(row)
+            about = {"object": "file.report", "file": row.id, "filename": row.filename}
+            return JSONResponse(about | {"rows": asks.rows, "endpoint": asks.url, "model": asks.model})
         found = await api.models.resolve(user.id, model) if model else None
         row, report = await api.files.report(user.id, file_id)
-        told: dict[str, Any] = {"object": "file.report", "file": row.id, "filename": row.filename, **report.told()}
-        if found:
+        about = {"object": "file.report", "file": row.id, "filename": row.filename, "kind": row.kind}
+        told: dict[str, Any] = about | report
+        if found and kinds.kind_of(found) != row.kind:
+            raise errors.WrongKindOfFile(
+                f"'{found.base}' is a model of {kinds.kind_of(found)}, and the file holds {row.kind}: name another",
+                param="model",
+            )
+        if row.kind == "pictures":
+            told["sample"] = await api.files.pictures(row, SHOWN_PICTURES, SHOWN_BYTES, SHOWN_SIDE)
+        elif found:
             asked = {"max_length_tokens": max_length_tokens, "train_on": train_on}
             sample = await api.files.sample(row, MODEL_ROWS, MODEL_BYTES)
             wanted = {name: value for name, value in asked.items() if value is not None}

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 import wire
 from relay import errors
+from relay.batches import Batches
 from relay.blobs import Blobs
-from relay.bodies import parse, parse_object, read_body
+from relay.bodies import parse, parse_object, read_body, without_nul
 from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
 from relay.dispatcher import Dispatcher
@@ -36,6 +37,7 @@ class GpuApi:
     gpus: Gpus
     leases: Leases
     checkpoints: Checkpoints
+    batches: Batches
     uploads: Uploads
     models: Models
     blobs: Blobs
@@ -65,7 +67,7 @@ class GpuApi:
         body = await read_body(request, self.settings.max_body_bytes)
         if not hmac.compare_digest(wire.body_sha256(body), sha256):
             raise errors.BadSignature("the body is not the one that was signed: sign again")
-        return by, parse(model, parse_object(body))
+        return by, parse(model, parse_object(without_nul(body)))
 
 
 def router(api: GpuApi) -> APIRouter:
@@ -81,7 +83,8 @@ def router(api: GpuApi) -> APIRouter:
     @routes.post("/enrol")
     async def enrol(request: Request) -> wire.EnrolReply:
         token_id = await api.enrol_tokens.check(request.headers.get("authorization"))
-        message = parse(wire.EnrolRequest, parse_object(await read_body(request, api.settings.max_body_bytes)))
+        body = without_nul(await read_body(request, api.settings.max_body_bytes))
+        message = parse(wire.EnrolRequest, parse_object(body))
         reply = await api.gpus.enrol(message, token_id)
         await api.leases.adopt(wire.SignedBy(gpu_id=reply.gpu_id, epoch=reply.epoch), message.leases)
         api.dispatcher.wake()
@@ -119,11 +122,13 @@ def router(api: GpuApi) -> APIRouter:
         try:
             async with api.dialout.joined(by, websocket) as socket:
                 api.gpus.unproven(by)
+                await api.gpus.dialled_in(by)
                 await api.gpus.prove(by.gpu_id)
                 await socket.receive()
         finally:
             if not api.dialout.has(by):
                 api.gpus.unproven(by)
+                await api.gpus.hung_up(by)
 
     @routes.post("/jobs/{job_id}/events")
     async def events(job_id: str, request: Request) -> JSONResponse:
@@ -136,6 +141,7 @@ def router(api: GpuApi) -> APIRouter:
         by, result = await api.message(request, wire.JobResult)
         job = await api.leases.finish(by, job_id, result)
         api.dispatcher.wake()
+        api.batches.wake()
         return JSONResponse({"status": job.status, "fine_tuned_model": job.fine_tuned_model})
 
     async def promise(request: Request, job_id: str, part: Part, sha256: str, fence: int) -> Response:
@@ -164,7 +170,7 @@ def router(api: GpuApi) -> APIRouter:
 
     @routes.put("/jobs/{job_id}/chunks/{sha256}")
     async def put_chunk(job_id: str, sha256: wire.Sha256, request: Request, fence: wire.Fence) -> JSONResponse:
-        """Of a checkpoint that is on its way."""
+        """Of a checkpoint that is on its way, or a part of a batch's answers."""
         by = await promised(request, sha256)
         upload = Upload("chunk", sha256, request.stream(), wire.MAX_CHUNK_BYTES)
         return JSONResponse({"bytes": await api.uploads.take(by, job_id, fence, upload)})
@@ -181,6 +187,11 @@ def router(api: GpuApi) -> APIRouter:
         api.metrics.checkpoints.inc()
         return JSONResponse({"kept": kept})
 
+    @routes.post("/jobs/{job_id}/parts")
+    async def part(job_id: str, request: Request) -> wire.PartReply:
+        by, said = await api.message(request, wire.PartStored)
+        return await api.batches.store(by, job_id, said)
+
     @routes.post("/jobs/{job_id}/release")
     async def release(job_id: str, request: Request) -> JSONResponse:
         by, said = await api.message(request, wire.Release)
@@ -191,10 +202,10 @@ def router(api: GpuApi) -> APIRouter:
     @routes.get("/blobs/{sha256}")
     async def get_blob(sha256: wire.Sha256, request: Request) -> StreamingResponse:
         await api.signed(request)
-        size_bytes = api.blobs.size_bytes(sha256)
+        size_bytes = await api.blobs.size_bytes(sha256)
         if size_bytes is None:
             raise errors.NotFound(f"no blob {sha256}")
-        chunks: AsyncIterator[bytes] = api.blobs.chunks(sha256)
+        chunks: AsyncIterator[bytes] = await api.blobs.read(sha256)
         return StreamingResponse(
             chunks, media_type="application/octet-stream", headers={"content-length": str(size_bytes)}
         )

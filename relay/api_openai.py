@@ -15,12 +15,12 @@ from fastapi.routing import APIRoute
 from sqlalchemy import Row
 
 import wire
-from relay import errors, shapes
+from relay import errors, kinds, shapes
 from relay.accounts import Scope, User
 from relay.blobs import Blobs
 from relay.bodies import Form, parse, parse_object, read_body, string_field
 from relay.dispatcher import Dispatcher
-from relay.files import PURPOSE, Files, file_ref
+from relay.files import BATCH_PURPOSE, PURPOSE, Files, file_ref
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.jobs import Jobs, NewJob
@@ -200,11 +200,10 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
                 raise errors.InvalidRequest("file: is missing", param="file")
             for name in form.fields.keys() - {"purpose"}:
                 raise errors.InvalidRequest(f"{name}: is not supported here: leave it out", param=name)
-            if form.fields.get("purpose") != PURPOSE:
-                raise errors.InvalidRequest(
-                    f"purpose: use '{PURPOSE}', which is what files are for here", param="purpose"
-                )
-            return JSONResponse(shapes.file(await api.files.add(user.id, form.filename, incoming)))
+            if (purpose := form.fields.get("purpose", "")) not in (PURPOSE, BATCH_PURPOSE):
+                message = f"purpose: use '{PURPOSE}' or '{BATCH_PURPOSE}', which is what files are for here"
+                raise errors.InvalidRequest(message, param="purpose")
+            return JSONResponse(shapes.file(await api.files.add(user.id, form.filename, incoming, purpose)))
 
     @routes.get("/files")
     async def list_files(
@@ -231,7 +230,9 @@ def _files(routes: APIRouter, api: OpenAIApi) -> None:
             "content-length": str(row.bytes),
             "content-disposition": f"attachment; filename*=UTF-8''{quote(row.filename, safe='')}",
         }
-        return StreamingResponse(api.blobs.chunks(row.sha256), media_type="application/octet-stream", headers=headers)
+        return StreamingResponse(
+            await api.blobs.read(row.sha256), media_type="application/octet-stream", headers=headers
+        )
 
     @routes.delete("/files/{file_id}")
     async def delete_file(file_id: str, request: Request) -> JSONResponse:
@@ -249,18 +250,13 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
         body = parse_object(await read_body(request, api.settings.max_body_bytes))
         asked = parse(shapes.JobRequest, body)
         model = await api.models.resolve(user.id, asked.model)
-        if model.family == "sd":
-            raise errors.InvalidRequest(
-                f"'{model.base}' makes pictures, and such models are not trained yet: name a model of text.",
-                param="model",
-                code="not_supported_yet",
-            )
-        training = await api.files.get(user.id, asked.training_file, param="training_file")
+        training = await api.files.get(user.id, asked.training_file, param="training_file", purpose=PURPOSE)
         validation = (
-            await api.files.get(user.id, asked.validation_file, param="validation_file")
+            await api.files.get(user.id, asked.validation_file, param="validation_file", purpose=PURPOSE)
             if asked.validation_file
             else None
         )
+        kinds.check(asked, model, training, validation)
         if refused := await api.refused_layers(model, [spec.model_dump(exclude_unset=True) for spec in asked.layers]):
             return refused
         job = await api.jobs.create(
@@ -278,6 +274,8 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
                 validation_file=validation.id if validation else None,
                 validation_blob=file_ref(validation) if validation else None,
                 sample_prompts=asked.sample_prompts,
+                concept=asked.concept,
+                estimated_s=kinds.estimate_s(training, asked.chosen_hyperparameters),
                 continue_from=model.id if model.is_tuned else None,
             ),
         )
@@ -319,7 +317,7 @@ def _jobs(routes: APIRouter, api: OpenAIApi) -> None:
             "content-disposition": f'attachment; filename="{quote(job_id, safe="")}-{name}"',
             "content-security-policy": REPORT_CSP,
         }
-        return StreamingResponse(api.blobs.chunks(row.sha256), media_type=media_type, headers=headers)
+        return StreamingResponse(await api.blobs.read(row.sha256), media_type=media_type, headers=headers)
 
     @routes.get("/fine_tuning/jobs/{job_id}/report")
     async def job_report(job_id: str, request: Request) -> StreamingResponse:

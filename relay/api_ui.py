@@ -21,6 +21,7 @@ from relay.dispatcher import Dispatcher
 from relay.enrol_tokens import EnrolTokens
 from relay.generations import Generation, Generations
 from relay.gpus import Gpus
+from relay.hop import Hop
 from relay.jobs import Jobs
 from relay.limits import Limits
 from relay.meter import NOTHING, Used
@@ -108,6 +109,7 @@ class UiApi:
     room: Room
     usage: Usage
     generations: Generations
+    hop: Hop
     page: Page
     settings: Settings
     stopping: asyncio.Event
@@ -455,13 +457,19 @@ def _generations(routes: APIRouter, api: UiApi) -> None:
     @routes.get("/generations/{generation_id}")
     async def again(generation_id: str, request: Request) -> Response:
         """After a cut: everything past Last-Event-ID."""
-        user = await api.user(request, "generate")
-        return api.stream(api.generations.get(user.id, generation_id), _last_event_id(request))
+        user, after = await api.user(request, "generate"), _last_event_id(request)
+        if home := api.generations.elsewhere(generation_id):
+            frames = await api.hop.frames(home, generation_id, user.id, after)
+            if frames:
+                return EventStream(frames, api.stopping)
+        return api.stream(api.generations.get(user.id, generation_id), after)
 
     @routes.delete("/generations/{generation_id}")
     async def stop(generation_id: str, request: Request) -> JSONResponse:
         user = await api.user(request, "generate")
-        api.generations.stop(api.generations.get(user.id, generation_id))
+        home = api.generations.elsewhere(generation_id)
+        if not home or not await api.hop.stop(home, generation_id, user.id):
+            api.generations.stop(api.generations.get(user.id, generation_id))
         return JSONResponse({"id": generation_id, "deleted": True})
 
 

@@ -18,7 +18,15 @@ from relay.bodies import parse, parse_object, read_body
 from relay.webhooks import Webhooks
 
 EventType = Literal[
-    "fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled", "fine_tuning.job.paused"
+    "fine_tuning.job.succeeded",
+    "fine_tuning.job.failed",
+    "fine_tuning.job.cancelled",
+    "fine_tuning.job.paused",
+    "batch.completed",
+    "batch.failed",
+    "batch.expired",
+    "batch.cancelled",
+    "batch.paused",
 ]
 ENDS = tuple(event for event in get_args(EventType) if not event.endswith("paused"))
 SHOWN_CHARS = 10  # of a secret, in lists
@@ -29,7 +37,7 @@ class NewWebhook(BaseModel):
 
     url: str = Field(min_length=1, max_length=2000)
     name: str = Field(default="", max_length=100)
-    event_types: tuple[EventType, ...] = Field(default=ENDS, min_length=1, max_length=4)
+    event_types: tuple[EventType, ...] = Field(default=ENDS, min_length=1, max_length=len(get_args(EventType)))
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,24 @@ from starlette.responses import Response
 
 import logs
 import wire
-from relay import api_adapters, api_admin, api_data, api_gpu, api_openai, api_ops, api_ui, api_webhooks, errors
+from relay import (
+    api_adapters,
+    api_admin,
+    api_batches,
+    api_data,
+    api_gpu,
+    api_openai,
+    api_ops,
+    api_peer,
+    api_ui,
+    api_webhooks,
+    errors,
+    folder,
+)
 from relay.accounts import KEY_PREFIX, Accounts
 from relay.adapters import Adapters
 from relay.audit import Audit
-from relay.blobs import Blobs
+from relay.batches import Batches
 from relay.broker import Broker
 from relay.checkpoints import Checkpoints
 from relay.dialout import DialOut
@@ -34,6 +47,7 @@ from relay.generations import Generations
 from relay.gpu_client import GpuClient
 from relay.gpus import Gpus
 from relay.health import Health
+from relay.hop import Hop
 from relay.jobs import Jobs
 from relay.leases import Leases
 from relay.limits import Limits
@@ -44,13 +58,16 @@ from relay.openapi import truthful
 from relay.outbox import Outbox
 from relay.page import Page
 from relay.passwords import Passwords
+from relay.peers import Peers
 from relay.people import People
 from relay.placement import Placement
-from relay.proxy import Proxy
+from relay.proxy import STOP_GRACE_S, Proxy
 from relay.room import Room
 from relay.sessions import Sessions
 from relay.settings import Settings, secret
+from relay.storage import blobs_of
 from relay.store import Clock, Store
+from relay.streams import Endings
 from relay.sweep import keep_sweeping
 from relay.transport import ByTunnel, TunnelTransport
 from relay.uploads import Uploads
@@ -86,15 +103,16 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     """`app.state.dispatcher.stop()` ends what would last: held heartbeats and streams."""
     stopping, metrics = asyncio.Event(), Metrics()
     store = Store(settings.database)
-    blobs = Blobs(settings.data_dir / "blobs", settings.min_free_bytes)
+    blobs = blobs_of(settings)
     transport = TunnelTransport(allow_loopback=settings.allow_loopback_gpus)
-    dialout = DialOut()
-    client = GpuClient(ByTunnel(transport, dialout), clock)
+    dialout, peers = DialOut(), Peers(store, settings, clock)
+    hop = Hop(peers)
+    client = GpuClient(ByTunnel(transport, dialout, hop, peers.name), clock)
     accounts = Accounts(store, clock)
     enrol_tokens = EnrolTokens(store, clock)
     audit = Audit(store, clock)
     people = People(store, blobs, accounts, clock)
-    gpus = Gpus(store, client, settings, clock)
+    gpus = Gpus(store, client, settings, clock, peers.name)
     jobs = Jobs(store, blobs, clock)
     leases = Leases(store, blobs, settings, clock)
     placement = Placement(store, settings, clock)
@@ -104,13 +122,14 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     files = Files(store, blobs, room, clock)
     models = Models(store, blobs, settings, clock, gpus.reachable_ids)
     broker = Broker(settings.broker_url) if settings.broker_url else None
-    dispatcher = Dispatcher(leases, gpus, stopping, metrics, broker)
+    dispatcher = Dispatcher(leases, gpus, stopping, metrics, peers.is_watching, broker)
     usage = Usage(store, settings, clock)
+    batches = Batches(store, blobs, leases, usage.prices, clock)
     proxy = Proxy(gpus, client, stopping, metrics, usage)
     passwords = Passwords(store, accounts, clock)
     sessions, limits = Sessions(store, accounts, clock), Limits(clock)
     lines = Lines()
-    generations = Generations(proxy, gpus, lines, metrics)
+    generations = Generations(proxy, gpus, lines, metrics, peers.name)
     waiting = Waiting(proxy, gpus, lines, metrics)
     waiting_by: dict[str, Callable[[], int]] = {
         "api": lambda: lines.waiting("api"),
@@ -128,6 +147,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         async with contextlib.AsyncExitStack() as closing:
             await store.open()
             closing.push_async_callback(store.close)
+            await folder.check(store, blobs, settings.data_dir)
             blobs.open()
             closing.callback(blobs.close)
             await accounts.open(admin_key)
@@ -140,7 +160,13 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             closing.push_async_callback(lambda: asyncio.wait({folding}))
             closing.callback(folding.cancel)
             enrol_tokens.open(enrol_token)
-            await leases.grace()
+            await peers.join()
+            closing.push_async_callback(peers.leave)
+            beating = asyncio.create_task(peers.keep_beating())
+            closing.push_async_callback(lambda: asyncio.wait({beating}))
+            closing.callback(beating.cancel)
+            await hop.open()
+            closing.push_async_callback(hop.close)
             await transport.open()
             closing.push_async_callback(transport.close)
             closing.push_async_callback(gpus.close)
@@ -151,6 +177,9 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
             finishing = asyncio.create_task(people.keep_finishing())
             closing.push_async_callback(lambda: asyncio.wait({finishing}))
             closing.callback(finishing.cancel)
+            ending = asyncio.create_task(batches.keep_ending())
+            closing.push_async_callback(lambda: asyncio.wait({ending}))
+            closing.callback(ending.cancel)
             forgetting = asyncio.create_task(audit.keep_sweeping())
             closing.push_async_callback(lambda: asyncio.wait({forgetting}))
             closing.callback(forgetting.cancel)
@@ -189,6 +218,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     adapters = Adapters(store, blobs, room, settings, clock)
     app.include_router(api_adapters.router(api_adapters.AdapterApi(openai, adapters)))
     app.include_router(api_openai.router(openai))
+    app.include_router(api_batches.router(api_batches.BatchesApi(openai, batches)))
     app.include_router(api_data.router(api_data.DataApi(openai)))
     app.include_router(api_webhooks.router(api_webhooks.WebhooksApi(openai, webhooks)))
     app.include_router(
@@ -198,6 +228,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
                 gpus,
                 leases,
                 checkpoints,
+                batches,
                 uploads,
                 models,
                 blobs,
@@ -225,6 +256,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         room,
         usage,
         generations,
+        hop,
         page,
         settings,
         stopping,
@@ -232,7 +264,11 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     )
     app.include_router(api_ui.router(ui))
     app.include_router(api_admin.router(ui))
-    app.include_router(api_ops.router(api_ops.OpsApi(Health(store, settings, stopping), vitals, sessions, settings)))
+    passed_on = api_peer.PeerApi(peers, dialout, generations, settings, stopping, Endings(stopping, STOP_GRACE_S))
+    app.include_router(api_peer.router(passed_on))
+    app.include_router(
+        api_ops.router(api_ops.OpsApi(Health(store, blobs, settings, stopping), vitals, sessions, settings))
+    )
     truthful(app)
     app.add_exception_handler(errors.RelayError, _render)
     app.add_exception_handler(RequestValidationError, _render_validation)

@@ -105,6 +105,6 @@ class Audit:
         while True:
             try:
                 await self.sweep()
-            except (SQLAlchemyError, errors.DatabaseBusy):
+            except (SQLAlchemyError, errors.Unavailable):
                 log.exception("old entries of the audit log could not be removed; it is tried again")
             await asyncio.sleep(SWEEP_EVERY_S)

@@ -1,6 +1,7 @@
-"""Data sets and adapters as files named by their SHA-256. A blob is there whole or not at all.
+"""Data sets and adapters as blobs named by their SHA-256. A blob is there whole or not at all.
 
-Does not know who owns a blob or what is in it.
+What comes is written to the local disk first, within bounds, whatever keeps it: a folder (here), or a bucket
+(bucket.py). Does not know who owns a blob or what is in it.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Collection
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -85,7 +88,11 @@ class Incoming:
         self.path.unlink(missing_ok=True)
 
 
-class Blobs:
+class Blobs(ABC):
+    """What all of them share: the way in. And what a store of blobs must do."""
+
+    on_this_disk = True  # what is kept takes the room that comes in needs
+
     def __init__(self, root: Path, min_free_bytes: int = 0) -> None:
         self._root = root
         self._min_free_bytes = min_free_bytes
@@ -102,9 +109,14 @@ class Blobs:
                 with contextlib.suppress(OSError), (folder / "lock").open("rb") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(folder)
+            self._clear()
             self._incoming.mkdir()
             self._lock = (self._incoming / "lock").open("wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """What else a process that is gone left behind; one process at a time comes by."""
 
     def close(self) -> None:
         if self._lock:
@@ -122,16 +134,6 @@ class Blobs:
                 f"the relay's disk has room for {max(0, free_bytes):,} bytes more, and {bytes:,} are needed: "
                 "its administrator must make room"
             )
-
-    def path(self, sha256: str) -> Path:
-        return self._root / sha256[:2] / sha256
-
-    def size_bytes(self, sha256: str) -> int | None:
-        """None if there is no such blob."""
-        try:
-            return self.path(sha256).stat().st_size
-        except FileNotFoundError:
-            return None
 
     @contextlib.asynccontextmanager
     async def incoming(self, bound: Bound) -> AsyncIterator[Incoming]:
@@ -153,8 +155,94 @@ class Blobs:
         """A file without a name: once closed it is gone, and with the process too."""
         return tempfile.TemporaryFile(dir=self._incoming)
 
+    @abstractmethod
+    async def send(self, incoming: Incoming) -> None:
+        """What of keeping it takes long, ahead of the transaction that keeps it. Raises StorageUnavailable."""
+
+    @abstractmethod
     async def keep(self, incoming: Incoming) -> None:
-        """The finished blob gets its name, for good. The same content twice is one blob."""
+        """The finished blob is there, for good; within the write that names it. The same content twice is one blob."""
+
+    async def size_bytes(self, sha256: str) -> int | None:
+        """None if there is no such blob."""
+        return (await self.sizes([sha256])).get(sha256)
+
+    @abstractmethod
+    async def sizes(self, shas: Collection[str]) -> dict[str, int]:
+        """The bytes of those that are there. Within a write, what is there may be named."""
+
+    @abstractmethod
+    def local(self, sha256: str) -> AbstractAsyncContextManager[Path]:
+        """A file with its content, for reading, meanwhile. FileNotFoundError, here or at its opening: it is gone."""
+
+    @abstractmethod
+    async def read(self, sha256: str) -> AsyncIterator[bytes]:
+        """Its content, opened already. Raises NotFound."""
+
+    @abstractmethod
+    async def has_any(self) -> bool: ...
+
+    @abstractmethod
+    async def total_bytes(self) -> int:
+        """Of all of them; looks at each."""
+
+    @abstractmethod
+    async def older_than(self, at: float) -> list[str]:
+        """By when they were stored last, in unix seconds."""
+
+    @abstractmethod
+    async def set_aside(self, shas: Collection[str], older_than: float, aside: list[str]) -> None:
+        """They may not be named any more, and can be brought back; within a write that finds that nothing names them.
+
+        `aside` is told what to hand to drop() or bring_back(), before it happens.
+        """
+
+    @abstractmethod
+    async def drop(self, aside: Collection[str]) -> None:
+        """What was set aside is gone for good."""
+
+    @abstractmethod
+    async def bring_back(self, aside: Collection[str]) -> None:
+        """What was set aside is there again."""
+
+    @abstractmethod
+    async def left_aside(self, older_than: float) -> dict[str, str]:
+        """What a process that is gone has set aside so long ago, with its SHA-256."""
+
+    @abstractmethod
+    async def claim(self, pair: str, *, named: bool) -> None:
+        """They belong to this database (folder.py), and `named`: it names some. Raises WrongFolder."""
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Whether they can be reached now. Raises StorageUnavailable."""
+
+    @abstractmethod
+    async def probe(self) -> None:
+        """Before a relay starts: whether it may do all that it will. Raises StorageUnavailable."""
+
+
+class FolderBlobs(Blobs):
+    """Files on the local disk, which several processes of one machine may share."""
+
+    def __init__(self, root: Path, min_free_bytes: int = 0) -> None:
+        super().__init__(root, min_free_bytes)
+        self._aside = root / "aside"
+
+    def path(self, sha256: str) -> Path:
+        return self._root / sha256[:2] / sha256
+
+    def paths(self) -> list[Path]:
+        return list(self._root.glob("??/*"))
+
+    def _clear(self) -> None:
+        """Its process did not live to know whether it may go; where it may, the sweep sees to it."""
+        self._bring_back([path.name for path in self._aside.iterdir()] if self._aside.exists() else [])
+
+    async def send(self, incoming: Incoming) -> None:
+        pass  # a new name takes no time
+
+    async def keep(self, incoming: Incoming) -> None:
         await asyncio.to_thread(self._keep, incoming)
 
     def _keep(self, incoming: Incoming) -> None:
@@ -168,8 +256,30 @@ class Blobs:
             finally:
                 os.close(descriptor)
 
-    def total_bytes(self) -> int:
-        """Of all of them; walks the disk."""
+    async def sizes(self, shas: Collection[str]) -> dict[str, int]:
+        found = {}
+        for sha256 in shas:
+            with contextlib.suppress(FileNotFoundError):
+                found[sha256] = self.path(sha256).stat().st_size
+        return found
+
+    @contextlib.asynccontextmanager
+    async def local(self, sha256: str) -> AsyncIterator[Path]:
+        yield self.path(sha256)
+
+    async def read(self, sha256: str) -> AsyncIterator[bytes]:
+        try:
+            return chunks(await asyncio.to_thread(self.path(sha256).open, "rb"))
+        except FileNotFoundError:
+            raise errors.NotFound(f"no blob {sha256}") from None
+
+    async def has_any(self) -> bool:
+        return any(self._root.glob("??/*"))
+
+    async def total_bytes(self) -> int:
+        return await asyncio.to_thread(self._total_bytes)
+
+    def _total_bytes(self) -> int:
         total = 0
         for folder in self._root.glob("??"):
             with contextlib.suppress(FileNotFoundError), os.scandir(folder) as found:
@@ -178,29 +288,56 @@ class Blobs:
                         total += entry.stat().st_size
         return total
 
-    def older_than(self, at: float) -> list[str]:
-        """By when they were stored last, in unix seconds."""
-        return [path.name for path in self._root.glob("??/*") if _mtime(path) < at]
+    async def older_than(self, at: float) -> list[str]:
+        return await asyncio.to_thread(lambda: [path.name for path in self.paths() if _mtime(path) < at])
 
-    def remove(self, sha256: str, older_than: float = math.inf) -> bool:
-        """Whether it was there, and older."""
-        path = self.path(sha256)
-        if not _mtime(path) < older_than:
-            return False
-        path.unlink(missing_ok=True)
-        return True
+    async def set_aside(self, shas: Collection[str], older_than: float, aside: list[str]) -> None:
+        await asyncio.to_thread(self._set_aside, shas, older_than, aside)
 
-    async def chunks(self, sha256: str) -> AsyncIterator[bytes]:
-        """Raises NotFound before the first chunk."""
-        try:
-            file = await asyncio.to_thread(self.path(sha256).open, "rb")
-        except FileNotFoundError:
-            raise errors.NotFound(f"no blob {sha256}") from None
-        try:
-            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                yield chunk
-        finally:
-            file.close()
+    def _set_aside(self, shas: Collection[str], older_than: float, aside: list[str]) -> None:
+        self._aside.mkdir(exist_ok=True)
+        for sha256 in shas:
+            path = self.path(sha256)
+            if _mtime(path) < older_than:
+                aside.append(sha256)
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(self._aside / sha256)
+
+    async def drop(self, aside: Collection[str]) -> None:
+        def unlink() -> None:
+            for sha256 in aside:
+                (self._aside / sha256).unlink(missing_ok=True)
+
+        await asyncio.to_thread(unlink)
+
+    async def bring_back(self, aside: Collection[str]) -> None:
+        self._bring_back(aside)
+
+    def _bring_back(self, aside: Collection[str]) -> None:
+        for sha256 in aside:
+            with contextlib.suppress(FileNotFoundError):
+                (self._aside / sha256).rename(self.path(sha256))  # its folder stays, once it was there
+
+    async def left_aside(self, older_than: float) -> dict[str, str]:
+        return {}  # the next process that starts brings it back
+
+    async def claim(self, pair: str, *, named: bool) -> None:
+        pass  # the data folder says it, which they are in
+
+    async def check(self) -> None:
+        pass  # as there as the disk
+
+    async def probe(self) -> None:
+        pass
+
+
+async def chunks(file: IO[bytes]) -> AsyncIterator[bytes]:
+    """And closes it."""
+    try:
+        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+            yield chunk
+    finally:
+        file.close()
 
 
 def _mtime(path: Path) -> float:

@@ -5,6 +5,7 @@ Knows no route and no table.
 
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from relay import errors
 
 MAX_FIELD_BYTES = 10_000
 MAX_FIELDS = 8
+NUL = re.compile(rb"(?<!\\)((?:\\\\)*)\\u0000")  # an escape, and not what looks like one behind a backslash
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -36,6 +38,11 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
 def _too_large(limit_bytes: int) -> errors.TooLarge:
     return errors.TooLarge(f"the body is larger than {limit_bytes:,} bytes, which is the limit here: send less")
+
+
+def without_nul(body: bytes) -> bytes:
+    """JSON whose texts have the sign for what can't be shown in place of NUL, which PostgreSQL does not take."""
+    return NUL.sub(rb"\1\\ufffd", body) if b"\\u0000" in body else body
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -6,7 +6,9 @@ named.
 """
 
 import asyncio
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +16,9 @@ QUEUE = "imfine-dispatch"
 DISPATCH, RECONCILE = "relay.dispatch", "relay.reconcile"
 RECONCILE_S = 2.0  # between two looks that nobody asked for; they find what a lost message left
 TASK_S = 50  # a task is a round of looking: far less than RabbitMQ's half hour for an acknowledgement
+TELL_S = 2.0  # a broker that stands still, or is short of disk, takes nothing and says nothing
 DELIVERIES = 20  # of one message, then it is dropped: whatever it meant, the next look finds
+IN_TIME = {"timeout": TELL_S, "confirm_timeout": TELL_S}  # of a message's way there, and of the word that it came
 
 
 def celery_app(url: str) -> Any:
@@ -37,9 +41,14 @@ def celery_app(url: str) -> Any:
         worker_send_task_events=True,  # for Flower
         task_send_sent_event=True,
         broker_connection_retry_on_startup=True,
+        broker_connection_timeout=TELL_S,
         broker_transport_options={"confirm_publish": True},
         beat_schedule={
-            "reconcile": {"task": RECONCILE, "schedule": RECONCILE_S, "options": {"expires": 5 * RECONCILE_S}},
+            "reconcile": {
+                "task": RECONCILE,
+                "schedule": RECONCILE_S,
+                "options": {"expires": 5 * RECONCILE_S, **IN_TIME},
+            },
         },
         beat_max_loop_interval=RECONCILE_S,
     )
@@ -57,10 +66,19 @@ class Broker:
         return celery_app(self._url)
 
     async def tell(self, job_ids: Iterable[str]) -> None:
-        """Returns once RabbitMQ has them. Raises where it can't be reached."""
-        await asyncio.to_thread(self._send, sorted(job_ids))
+        """Returns once RabbitMQ has them. Raises where it can't be reached, or stands still."""
+        told = Future[None]()
+        # No thread of an executor: at its end the process would wait for a broker that stands still.
+        threading.Thread(target=self._send, args=(sorted(job_ids), told), name="broker", daemon=True).start()
+        await asyncio.wrap_future(told)
 
-    def _send(self, job_ids: list[str]) -> None:
-        for job_id in job_ids:
-            # A wake is worth nothing later; what it would have said is in the database.
-            self._celery.send_task(DISPATCH, args=[job_id], expires=TASK_S, retry_policy={"max_retries": 2})
+    def _send(self, job_ids: list[str], told: "Future[None]") -> None:
+        told.set_running_or_notify_cancel()
+        try:
+            for job_id in job_ids:
+                # A wake is worth nothing later; what it would have said is in the database.
+                once = {"retry_policy": {"max_retries": 1}, **IN_TIME}
+                self._celery.send_task(DISPATCH, args=[job_id], expires=TASK_S, **once)
+            told.set_result(None)
+        except Exception as exc:  # of whichever library Celery speaks through; whoever waits is told
+            told.set_exception(exc)

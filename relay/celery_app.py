@@ -7,16 +7,19 @@ minute: it hands out jobs and never runs one. `python -m relay worker`, `beat` a
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from celery.signals import worker_process_init, worker_process_shutdown
 
 from relay import settings
-from relay.blobs import Blobs
 from relay.broker import DISPATCH, RECONCILE, celery_app
 from relay.dispatcher import HandOut
 from relay.leases import Leases
 from relay.metrics import Metrics
+from relay.peers import is_watched
+from relay.safety import check_safe
+from relay.storage import blobs_of
 from relay.store import Store
 
 log = logging.getLogger("relay.celery")
@@ -24,6 +27,7 @@ log = logging.getLogger("relay.celery")
 config = settings.from_env()
 if not config.broker_url:
     raise settings.BadSetting("RELAY_BROKER_URL is not set: amqp://user:password@host/ names the RabbitMQ to listen to")
+check_safe(config)  # also where Celery's own command starts it
 app = celery_app(config.broker_url)
 
 
@@ -33,8 +37,8 @@ class _Process:
     def __init__(self) -> None:
         self._runner = asyncio.Runner()
         self._store = Store(config.database)
-        blobs = Blobs(config.data_dir / "blobs", config.min_free_bytes)
-        self._hand_out = HandOut(Leases(self._store, blobs, config, time.time), Metrics())
+        leases = Leases(self._store, blobs_of(config), config, time.time)
+        self._hand_out = HandOut(leases, Metrics(), partial(is_watched, self._store, config, time.time))
 
     def round(self) -> int:
         return self._runner.run(self._hand_out.round())

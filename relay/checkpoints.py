@@ -57,9 +57,9 @@ class Checkpoints:
                 raise errors.InvalidRequest(message, param="checkpoint")
         async with letting_go(self._store, self._blobs) as (db, gone):
             job = await self._leases.held(db, by, job_id, said.fence)
-            await refs.hold(db)
+            here = await self._blobs.sizes(chunks)
             for sha256, size_bytes in chunks.items():
-                if self._blobs.size_bytes(sha256) != size_bytes:
+                if here.get(sha256) != size_bytes:
                     message = f"checkpoint.files: chunk {sha256} is not stored here: upload it, then say this again"
                     raise errors.InvalidRequest(message, param="checkpoint", code="blob_missing")
             # A run that began again, for want of a sound checkpoint, comes by the same steps: the newest word counts.

@@ -8,9 +8,10 @@ code, and the loop only tells them to look.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import wire
+from relay import errors
 from relay.broker import Broker
 from relay.gpus import Gpus
 from relay.leases import Leases
@@ -24,14 +25,15 @@ ROUND_S = 1.0  # without a bell; also how long a command by another process goes
 class HandOut:
     """What is done to the database in a round, wherever that runs."""
 
-    def __init__(self, leases: Leases, metrics: Metrics) -> None:
-        self._leases, self._metrics = leases, metrics
+    def __init__(self, leases: Leases, metrics: Metrics, watched: Callable[[], Awaitable[bool]]) -> None:
+        """`watched`: whether leases could be renewed all the while (peers.py); else none of them is over."""
+        self._leases, self._metrics, self._watched = leases, metrics, watched
 
     async def round(
         self, given: Callable[[str], None] = lambda gpu_id: None, stopping: Callable[[], bool] = lambda: False
     ) -> int:
         """Jobs handed out; `given` hears to which gpus."""
-        if lost := await self._leases.expire():
+        if await self._watched() and (lost := await self._leases.expire()):
             self._metrics.leases_lost.inc(lost)
             log.warning("leases were over; their jobs wait again")
         await self._leases.forget_diverged()
@@ -50,13 +52,20 @@ class Dispatcher:
     """`stopping` ends the loop and every held heartbeat."""
 
     def __init__(
-        self, leases: Leases, gpus: Gpus, stopping: asyncio.Event, metrics: Metrics, broker: Broker | None = None
+        self,
+        leases: Leases,
+        gpus: Gpus,
+        stopping: asyncio.Event,
+        metrics: Metrics,
+        watched: Callable[[], Awaitable[bool]],
+        broker: Broker | None = None,
     ) -> None:
         self._leases = leases
         self._gpus = gpus
         self._stopping = stopping
         self._broker = broker
-        self._hand_out = HandOut(leases, metrics)
+        self._hand_out = HandOut(leases, metrics, watched)
+        self._telling: asyncio.Task[None] | None = None
         self._woken: set[str] = set()  # jobs that there is news of; empty: of a gpu
         self._work = asyncio.Event()
         self._bells: dict[str, set[asyncio.Event]] = {}  # of the heartbeats that are held, by gpu id
@@ -81,22 +90,31 @@ class Dispatcher:
         while not self._stopping.is_set():
             try:
                 await self._round()
+            except errors.Unavailable as exc:
+                log.warning("a round of dispatching failed (%s); the next is in %.0f s", exc.code, ROUND_S)
             except Exception:
                 log.exception("a round of dispatching failed; the next is in %.0f s", ROUND_S)  # the loop must live on
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._work.wait(), ROUND_S)
             self._work.clear()
+        if self._telling:
+            self._telling.cancel()
 
     async def _round(self) -> None:
         await self._gpus.prove()
-        woken, self._woken = self._woken, set()
         if self._broker is None:
+            self._woken.clear()
             await self._hand_out.round(self.ring, self._stopping.is_set)
-        elif woken and not self._stopping.is_set():
-            try:
-                await self._broker.tell(woken)
-            except Exception as exc:  # of whichever library the broker speaks through
-                log.warning("the broker can't be told that there is work (%r); workers find it once it is back", exc)
+        elif self._woken and not self._stopping.is_set() and (self._telling is None or self._telling.done()):
+            woken, self._woken = self._woken, set()
+            self._telling = asyncio.create_task(self._tell(self._broker, woken))
+
+    async def _tell(self, broker: Broker, woken: set[str]) -> None:
+        """Beside the rounds: what only the database and the gpus need does not wait for a broker."""
+        try:
+            await broker.tell(woken)
+        except Exception as exc:  # of whichever library the broker speaks through
+            log.warning("the broker can't be told that there is work (%r); workers find it once it is back", exc)
 
     async def commands(self, by: wire.SignedBy, beat: wire.Heartbeat, hold_s: float) -> list[wire.Command]:
         """What the gpu must do; waits for it up to `hold_s`."""

@@ -3,6 +3,7 @@
 RelayError
 ├── InvalidRequest        400  the caller's mistake; `param` names the field
 │   ├── InvalidTrainingFile    with line numbers
+│   ├── InvalidBatchFile       likewise
 │   └── BadGpuUrl              a gpu enrolled with a URL that we will not call
 ├── InvalidKey            401  a user without a valid API key
 ├── InvalidEnrolToken     401  a gpu without the enrol token
@@ -21,13 +22,16 @@ RelayError
 │   ├── RateLimited            more a minute than this key may have
 │   └── LimitSpent             more a month than this key may use or spend
 ├── NewerDatabase         500  at the start only: a later version of the relay has been here
+├── WrongFolder           500  at the start only: the data folder is that of another database
 ├── DiskFull              507  no room for what was sent
 └── Unavailable           503  try again later
     ├── NoGpu                  nothing runs that could answer
     ├── GpuUnreachable         it runs, or did, but its tunnel does not answer
     ├── Stopping               this process is being restarted
     ├── DatabaseBusy           another process, such as the command line, has been writing for long
-    └── NotReady               /readyz: the database, the disk, or a restart
+    ├── DatabaseAway           its server can't be reached
+    ├── StorageUnavailable     the bucket of the blobs can't be reached, or refuses
+    └── NotReady               /readyz: the database, the disk, the bucket, or a restart
 """
 
 import math
@@ -63,6 +67,14 @@ class InvalidRequest(RelayError):
 
 class InvalidTrainingFile(InvalidRequest):
     code = "invalid_training_file"
+
+
+class WrongKindOfFile(InvalidRequest):
+    code = "wrong_kind_of_file"
+
+
+class InvalidBatchFile(InvalidRequest):
+    code = "invalid_batch_file"
 
 
 class BadGpuUrl(InvalidRequest):
@@ -191,9 +203,21 @@ class DatabaseBusy(Unavailable):
     code = "database_busy"
 
 
+class DatabaseAway(Unavailable):
+    code = "database_unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    code = "storage_unavailable"
+
+
 class NotReady(Unavailable):
     code = "not_ready"
 
 
 class NewerDatabase(RelayError):
+    """Met by whoever starts the relay, never by a caller."""
+
+
+class WrongFolder(RelayError):
     """Met by whoever starts the relay, never by a caller."""

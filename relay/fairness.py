@@ -12,6 +12,8 @@ from dataclasses import dataclass
 AGEING = 0.1  # seconds of credit, on loan, for each second that a user's next job has waited
 START_S = 30.0  # of any job: its base model, its data
 BYTES_PER_S = 8_000  # of training rows, where no gpu has made an estimate yet: a small model on a small gpu
+PICTURE_S = 1.0  # of one picture in one epoch, likewise
+TOKENS_PER_S = 300  # of answers, many at once, likewise
 EPOCHS = 3  # where the gpu will choose
 
 
@@ -36,7 +38,21 @@ def estimate_s(estimated_s: float | None, training_bytes: int, n_epochs: int | s
     """Of gpu time: what a gpu has said, else from the size of the data."""
     if estimated_s is not None:
         return max(estimated_s, START_S)
-    return START_S + training_bytes * (n_epochs if isinstance(n_epochs, int) else EPOCHS) / BYTES_PER_S
+    return START_S + training_bytes * _epochs(n_epochs) / BYTES_PER_S
+
+
+def estimate_pictures_s(pictures: int, n_epochs: int | str) -> float:
+    """Before a gpu has said: pictures take their time by the piece, whatever they weigh."""
+    return START_S + pictures * _epochs(n_epochs) * PICTURE_S
+
+
+def _epochs(n_epochs: int | str) -> int:
+    return n_epochs if isinstance(n_epochs, int) else EPOCHS
+
+
+def answers_s(file_bytes: int, tokens: int) -> float:
+    """Of gpu time, for a batch: its prompts are read, and so many tokens are written."""
+    return START_S + file_bytes / BYTES_PER_S + tokens / TOKENS_PER_S
 
 
 def turn(heads: Iterable[Head], now: float) -> Turn | None:

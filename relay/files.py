@@ -1,4 +1,4 @@
-"""The files that users upload: rows that name blobs. A training file is checked before it is kept.
+"""The files that users upload: rows that name blobs. What they are for is checked before they are kept.
 
 A blob goes when nothing names it any more.
 """
@@ -10,22 +10,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from sqlalchemy import Row, delete, insert, or_, select, update
+from sqlalchemy import Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+import batchfile
 import datafile
 import dataset
+import picturefile
 import wire
 from relay import errors, refs
 from relay.blobs import Blobs, Bound, Incoming
 from relay.room import Room
-from relay.store import Clock, Store
+from relay.store import Clock, Store, one_page
 from relay.sweep import letting_go
 from relay.tables import files
 
 FileRow = Row[Any]
 T = TypeVar("T")
 PURPOSE = "fine-tune"
+BATCH_PURPOSE = "batch"
 MAX_NAME_CHARS = 200
 CHECKS_AT_ONCE = 2
 GROW_TRIES = 5
@@ -39,47 +42,72 @@ class Files:
         self._room = room
         self._clock = clock
         self._checking = asyncio.Semaphore(CHECKS_AT_ONCE)  # each reads a file through, on a thread
+        self._looking = asyncio.Semaphore(1)  # at pictures: one may take 400 MB once it is unpacked
 
-    async def add(self, owner: str, filename: str, incoming: Incoming) -> FileRow:
-        """Raises InvalidTrainingFile with line numbers, and QuotaExceeded; then nothing stays."""
+    async def add(self, owner: str, filename: str, incoming: Incoming, purpose: str = PURPOSE) -> FileRow:
+        """Raises InvalidTrainingFile or InvalidBatchFile with lines or the names of pictures, and QuotaExceeded; then
+        nothing stays.
+        """
         await incoming.finish()
         name = PurePosixPath(filename.replace("\\", "/")).name[-MAX_NAME_CHARS:] or "file"
-        async with self._checking:
-            report = await asyncio.to_thread(dataset.check, incoming.path, name)
+        report = await self._checked(incoming.path, name, purpose)
         if not report.ok:
-            raise errors.InvalidTrainingFile(report.summary(), param="file")
+            kind = errors.InvalidTrainingFile if purpose == PURPOSE else errors.InvalidBatchFile
+            raise kind(report.summary(), param="file")
         row: dict[str, Any] = {
             "id": f"file-{secrets.token_hex(12)}",
             "owner": owner,
             "filename": name,
-            "purpose": PURPOSE,
+            "purpose": purpose,
             "bytes": incoming.bytes,
             "sha256": incoming.sha256,
             "rows": report.rows,
             "created_at": self._clock(),
         }
+        if isinstance(report, picturefile.Report):
+            row |= {"kind": "pictures", "captioned": report.captioned, "report": report.told()}
+        await self._blobs.send(incoming)
         # Within the transaction, so that nobody who deletes the same content elsewhere takes the blob away in between.
         async with self._store.write() as db:
             await self._room.check(db, owner, incoming.bytes, "the file")  # others may have come meanwhile
-            await refs.hold(db)
             await self._blobs.keep(incoming)
             await db.execute(insert(files).values(**row))
             await refs.name(db, "file", row["id"], owner, {incoming.sha256: incoming.bytes})
             return (await db.execute(select(files).where(files.c.id == row["id"]))).one()
 
-    async def report(self, owner: str, file_id: str) -> tuple[FileRow, dataset.Report]:
-        """What all of a file holds. Raises NotFound."""
-        row = await self.get(owner, file_id)
-        return row, await self._read(dataset.check, row)
+    async def _checked(
+        self, path: Path, name: str, purpose: str
+    ) -> dataset.Report | picturefile.Report | batchfile.Report:
+        if purpose != PURPOSE:
+            async with self._checking:
+                return await asyncio.to_thread(batchfile.check, path)
+        if await asyncio.to_thread(picturefile.is_zip, path, name):
+            async with self._looking:
+                return await asyncio.to_thread(picturefile.check, path, name)
+        async with self._checking:
+            return await asyncio.to_thread(dataset.check, path, name)
+
+    async def report(self, owner: str, file_id: str) -> tuple[FileRow, dict[str, Any]]:
+        """What all of a file holds, as JSON. Raises NotFound."""
+        row = await self.get(owner, file_id, purpose=PURPOSE)
+        return row, row.report or (await self._read(self._checking, dataset.check, row, row.filename)).told()
+
+    async def requests(self, row: FileRow) -> batchfile.Report:
+        """What a batch's file asks for. Raises NotFound."""
+        return await self._read(self._checking, batchfile.check, row)
 
     async def sample(self, row: FileRow, most: int, most_bytes: int) -> list[tuple[int, dict[str, Any]]]:
-        """Some rows from all over a file, as JSON with their lines. Raises NotFound."""
-        return await self._read(dataset.sample, row, row.rows, most, most_bytes)
+        """Some rows from all over a file of text, as JSON with their lines. Raises NotFound."""
+        return await self._read(self._checking, dataset.sample, row, row.filename, row.rows, most, most_bytes)
 
-    async def _read(self, read: Callable[..., T], row: FileRow, *more: int) -> T:
+    async def pictures(self, row: FileRow, most: int, most_bytes: int, side: int) -> list[dict[str, Any]]:
+        """Some pictures from all over a file of them, small, with their captions. Raises NotFound."""
+        return await self._read(self._looking, picturefile.sample, row, most, most_bytes, side)
+
+    async def _read(self, turn: asyncio.Semaphore, read: Callable[..., T], row: FileRow, *more: int | str) -> T:
         try:
-            async with self._checking:
-                return await asyncio.to_thread(read, self._blobs.path(row.sha256), row.filename, *more)
+            async with turn, self._blobs.local(row.sha256) as path:
+                return await asyncio.to_thread(read, path, *more)
         except FileNotFoundError as exc:
             raise errors.NotFound(f"'{row.id}' was changed or deleted meanwhile: try again", param="file_id") from exc
 
@@ -92,7 +120,9 @@ class Files:
         InvalidRequest, TooLarge, QuotaExceeded.
         """
         for _ in range(GROW_TRIES):
-            old = await self.get(owner, file_id, param="dataset_id")
+            old = await self.get(owner, file_id, param="dataset_id", purpose=PURPOSE)
+            if old.kind != "text":
+                raise errors.InvalidRequest("a zip of pictures can't grow: upload a new one", param="dataset_id")
             with contextlib.suppress(FileNotFoundError):  # changed meanwhile
                 if grown := await self._grow(old, rows, limit_bytes):
                     return grown
@@ -102,26 +132,31 @@ class Files:
         """None if somebody else was first: begin again with their version."""
         bound = Bound(limit_bytes, errors.TooLarge(f"it would be larger than {limit_bytes:,} bytes: begin a new one"))
         async with self._blobs.incoming(bound) as incoming, self._checking:
-            added = await asyncio.to_thread(_grown, self._blobs.path(old.sha256), old.filename, rows, incoming)
+            async with self._blobs.local(old.sha256) as path:
+                added = await asyncio.to_thread(_grown, path, old.filename, rows, incoming)
             if not added:
                 return old, 0
             await incoming.finish()
+            await self._blobs.send(incoming)
             async with letting_go(self._store, self._blobs) as (db, gone):
                 new = {"sha256": incoming.sha256, "bytes": incoming.bytes, "rows": old.rows + added}
                 same = (files.c.id == old.id) & (files.c.owner == old.owner) & (files.c.sha256 == old.sha256)
                 if not (await db.execute(update(files).where(same).values(**new))).rowcount:
                     return None
                 await self._room.check(db, old.owner, incoming.bytes - old.bytes, "the new version")
-                await refs.hold(db)
                 await self._blobs.keep(incoming)
                 gone |= await refs.unname(db, "file", old.id)
                 await refs.name(db, "file", old.id, old.owner, {incoming.sha256: incoming.bytes})
                 return (await db.execute(select(files).where(files.c.id == old.id))).one(), added
 
-    async def get(self, owner: str, file_id: str, *, param: str = "file_id") -> FileRow:
-        """Raises NotFound, also for somebody else's."""
+    async def get(self, owner: str, file_id: str, *, param: str = "file_id", purpose: str | None = None) -> FileRow:
+        """Raises NotFound, also for somebody else's, and InvalidRequest for one of another purpose."""
         async with self._store.read() as db:
-            return await self._of(db, owner, file_id, param)
+            row = await self._of(db, owner, file_id, param)
+        if purpose is not None and row.purpose != purpose:
+            message = f"'{file_id}' was made with the purpose '{row.purpose}': upload one with the purpose '{purpose}'"
+            raise errors.InvalidRequest(message, param=param)
+        return row
 
     async def page(
         self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
@@ -130,16 +165,9 @@ class Files:
         query = select(files).where(files.c.owner == owner)
         if purpose is not None:
             query = query.where(files.c.purpose == purpose)
-        created, file_id = files.c.created_at, files.c.id
-        query = query.order_by(*((created.desc(), file_id.desc()) if newest_first else (created, file_id)))
         async with self._store.read() as db:
-            if after is not None:
-                last = await self._of(db, owner, after, "after")
-                further = created < last.created_at if newest_first else created > last.created_at
-                tied = file_id < last.id if newest_first else file_id > last.id
-                query = query.where(or_(further, (created == last.created_at) & tied))
-            rows = (await db.execute(query.limit(limit + 1))).all()
-        return rows[:limit], len(rows) > limit
+            last = await self._of(db, owner, after, "after") if after is not None else None
+            return await one_page(db, query, files, last, limit, newest_first=newest_first)
 
     async def delete(self, owner: str, file_id: str) -> None:
         """Jobs that are not over keep what they need. Raises NotFound."""

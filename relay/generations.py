@@ -1,13 +1,15 @@
 """Generations for the page: each waits for a gpu, its frames are numbered, and a reader who was cut off comes back.
 
-A generation belongs to who asked. It lives in this process alone, for as long as somebody reads it and KEEP_S more.
-Who waits stands in the line of all who wait for that base model (lines.py). Knows nothing of HTTP.
+A generation belongs to who asked. It lives in this process alone, for as long as somebody reads it and KEEP_S more;
+other relay processes ask this one (hop.py). Who waits stands in the line of all who wait for that base model
+(lines.py). Knows nothing of HTTP.
 """
 
 import asyncio
 import contextlib
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Hashable
@@ -26,16 +28,18 @@ log = logging.getLogger("relay.generations")
 KEEP_S = 30.0
 TRY_EVERY_S = 1.0
 SOON_S = 0.1
-MAX_BUFFER_BYTES = 16 * 2**20
+MAX_BUFFER_BYTES = 64 * 2**20  # of one user's answers: ten pictures of 1024 x 1024 take 31
 MAX_OPEN = 16  # of one user
 PICTURE_HEAD_CHARS = 60
+ELSEWHERE = re.compile(r"gen-([0-9a-f]{16})-[0-9a-f]{24}")
 
 
 class Generation:
     """Frames as they came, each numbered from 1, for any number of readers."""
 
-    def __init__(self, owner: str) -> None:
-        self.id = f"gen-{secrets.token_hex(12)}"
+    def __init__(self, owner: str, relay_id: str | None = None) -> None:
+        home = f"{relay_id.removeprefix('relay-')}-" if relay_id else ""
+        self.id = f"gen-{home}{secrets.token_hex(12)}"
         self.owner = owner
         self.over = False
         self.readers = 0
@@ -87,7 +91,17 @@ class Generation:
 
 
 class Generations:
-    def __init__(self, proxy: Proxy, gpus: Gpus, lines: Lines, metrics: Metrics, keep_s: float = KEEP_S) -> None:
+    def __init__(
+        self,
+        proxy: Proxy,
+        gpus: Gpus,
+        lines: Lines,
+        metrics: Metrics,
+        relay_id: str | None = None,
+        keep_s: float = KEEP_S,
+    ) -> None:
+        """`relay_id`: this process, where there are several; their ids say where an answer is."""
+        self._relay_id = relay_id
         self._proxy = proxy
         self._gpus = gpus
         self._metrics = metrics
@@ -99,7 +113,7 @@ class Generations:
         """Raises TooMany."""
         if sum(g.owner == owner and not g.over for g in self._all.values()) >= MAX_OPEN:
             raise errors.TooMany(f"{MAX_OPEN} answers are under way already: wait for one, or stop one")
-        generation = Generation(owner)
+        generation = Generation(owner, self._relay_id)
         self._all[generation.id] = generation
         generation.say(json.dumps({"type": "started", "id": generation.id}))
         generation.task = asyncio.create_task(self._run(generation, ask), name=generation.id)
@@ -115,6 +129,12 @@ class Generations:
             )
             raise errors.NotFound(message)
         return found
+
+    def elsewhere(self, generation_id: str) -> str | None:
+        """The other relay process that has it, going by its id."""
+        found = ELSEWHERE.fullmatch(generation_id)
+        home = f"relay-{found[1]}" if found and self._relay_id else None
+        return None if home == self._relay_id else home
 
     async def frames(self, generation: Generation, after: int) -> AsyncIterator[bytes]:
         """For one reader. When the last one has left, the generation is kept a while, then stopped."""
@@ -150,7 +170,7 @@ class Generations:
         try:
             opened = await self._opened(generation, ask)
             with opened.held:
-                await _pass_on(generation, opened)
+                await self._pass_on(generation, opened)
         except errors.RelayError as exc:
             generation.say(json.dumps(exc.body()))
         except Exception:
@@ -158,6 +178,29 @@ class Generations:
             generation.say(json.dumps(errors.RelayError("the relay has a fault; its log says more").body()))
         finally:
             generation.end()
+
+    async def _pass_on(self, generation: Generation, opened: Opened) -> None:
+        if opened.rest is None:  # no stream: an error of the gpu's own
+            generation.say(json.dumps(_body(opened.first)))
+            return
+        async for frames in opened.rest:
+            for frame in frames.replace(b"\r\n", b"\n").split(b"\n\n"):
+                lines = [line[5:].lstrip() for line in frame.decode().split("\n") if line.startswith("data:")]
+                if lines:
+                    generation.say("\ndata: ".join(lines), _picture(lines[0]))
+            if generation.bytes > MAX_BUFFER_BYTES // MAX_OPEN:  # with less, all that may be under way have room
+                self._keep_within(generation.owner)
+
+    def _keep_within(self, owner: str) -> None:
+        """What has ended, and nobody reads, goes before its time. Raises TooLarge where that is not enough."""
+        theirs = [g for g in self._all.values() if g.owner == owner]
+        held = sum(g.bytes for g in theirs)
+        for old in theirs:
+            if held > MAX_BUFFER_BYTES and old.over and not old.readers:
+                held -= old.bytes
+                self.stop(old)
+        if held > MAX_BUFFER_BYTES:
+            raise errors.TooLarge(f"your answers here are longer than {MAX_BUFFER_BYTES:,} bytes: ask for less")
 
     async def _opened(self, generation: Generation, ask: Ask) -> Opened:
         """A gpu's answer, however long that takes."""
@@ -199,19 +242,6 @@ async def _moved(line: Line, place: Place, rank: int) -> None:
         async with asyncio.timeout(TRY_EVERY_S):
             while line.rank(place) == rank and line.reason == reason:
                 await line.moved.wait()
-
-
-async def _pass_on(generation: Generation, opened: Opened) -> None:
-    if opened.rest is None:  # no stream: an error of the gpu's own
-        generation.say(json.dumps(_body(opened.first)))
-        return
-    async for frames in opened.rest:
-        for frame in frames.replace(b"\r\n", b"\n").split(b"\n\n"):
-            lines = [line[5:].lstrip() for line in frame.decode().split("\n") if line.startswith("data:")]
-            if lines:
-                generation.say("\ndata: ".join(lines), _picture(lines[0]))
-        if generation.bytes > MAX_BUFFER_BYTES:
-            raise errors.TooLarge(f"the answer is longer than {MAX_BUFFER_BYTES:,} bytes: ask for less")
 
 
 def _picture(data: str) -> int | None:

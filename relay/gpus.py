@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
@@ -40,7 +41,11 @@ LOAD_AGAIN_S = 60.0  # a gpu that was told to load a model is not told again soo
 
 
 class Gpus:
-    def __init__(self, store: Store, client: GpuClient, settings: Settings, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, client: GpuClient, settings: Settings, clock: Clock, relay_id: str | None = None
+    ) -> None:
+        """`relay_id`: this process, where there are several."""
+        self._relay_id = relay_id
         self._store = store
         self._client = client
         self._settings = settings
@@ -49,6 +54,8 @@ class Gpus:
         self._proven: dict[str, int] = {}  # gpu id -> the epoch whose URL led to it
         self._proven_at: dict[str, float] = {}
         self._tried_at: dict[str, float] = {}
+        self._tried_by: dict[str, str | None] = {}  # through which relay process, of those that dialled in
+        self._dialled_in: dict[str, int] = {}  # to this process, where there are several: gpu id -> epoch
         self._challenges: dict[tuple[str, int], asyncio.Task[None]] = {}  # under way, by gpu id and epoch
         self._calls: set[Call] = set()  # live requests of this process
         self._in_flight: Counter[str] = Counter()  # the same, counted by gpu
@@ -90,6 +97,7 @@ class Gpus:
             "enrolled_at": now,
             "last_seen_at": now,
             "enrol_token": token_id,
+            "relay_id": None,
         }
         instance = hashlib.sha256(request.instance.encode()).hexdigest()
         async with self._store.write() as db:
@@ -191,7 +199,34 @@ class Gpus:
         if self._proven.get(to.gpu_id) == to.epoch:
             del self._proven[to.gpu_id]
             log.warning("gpu %s %r can't be reached", to.gpu_id, to.name)
+            self._roster.changed()  # it may have dialled another relay process
             self._start_challenge(to)  # at once: one answer that broke off need not mean more than itself
+
+    async def dialled_in(self, by: wire.SignedBy) -> None:
+        """Its socket is here: other relay processes go through this one. Raises Unavailable."""
+        if self._relay_id is not None:
+            self._dialled_in[by.gpu_id] = by.epoch
+            await self._say_dialled_in(by.gpu_id, by.epoch)
+
+    async def _say_dialled_in(self, gpu_id: str, epoch: int) -> None:
+        async with self._store.write() as db:
+            current = (gpus.c.id == gpu_id) & (gpus.c.epoch == epoch)
+            await db.execute(update(gpus).where(current).values(relay_id=self._relay_id))
+        self._roster.changed()
+
+    async def hung_up(self, by: wire.SignedBy) -> None:
+        """Its socket is gone; perhaps it is at another process by now."""
+        if self._relay_id is None:
+            return
+        if self._dialled_in.get(by.gpu_id) == by.epoch:
+            del self._dialled_in[by.gpu_id]
+        mine = (gpus.c.id == by.gpu_id) & (gpus.c.epoch == by.epoch) & (gpus.c.relay_id == self._relay_id)
+        try:
+            async with self._store.write() as db:
+                await db.execute(update(gpus).where(mine).values(relay_id=None))
+        except (SQLAlchemyError, errors.Unavailable):
+            log.warning("gpu %s has hung up, which could not be written: others try it here in vain", by.gpu_id)
+        self._roster.changed()
 
     def unproven(self, by: wire.SignedBy) -> None:
         """Its way to us is new, or gone: nothing goes there before it has answered a challenge."""
@@ -208,35 +243,40 @@ class Gpus:
         # Since its enrolment, too: it must have read our reply before it can prove anything. Who is gone is forgotten.
         self._tried_at = {i: max(self._tried_at.get(i, 0.0), gpu.enrolled_at) for i, gpu in alive.items()}
         self._breakers = {i: b for i, b in self._breakers.items() if i in alive and b.epoch == alive[i].to.epoch}
+        self._tried_by = {i: by for i, by in self._tried_by.items() if i in alive}
         self._told_to_load = {key: told for key, told in self._told_to_load.items() if key[0] in alive}
         self._proven_at = {i: at for i, at in self._proven_at.items() if i in alive or i in self._proven}
         for gpu_id, gpu in alive.items():
-            due = gpu_id == at_once or now - self._tried_at[gpu_id] >= self._settings.heartbeat_s
+            if gpu.to.relay_id is None and self._dialled_in.get(gpu_id) == gpu.to.epoch:
+                await self._say_dialled_in(gpu_id, gpu.to.epoch)  # a process that it left has said so late
+            dialled = gpu.to.relay_id is not None and self._tried_by.get(gpu_id) != gpu.to.relay_id
+            due = gpu_id == at_once or dialled or now - self._tried_at[gpu_id] >= self._settings.heartbeat_s
             if due and not self.reachable(gpu_id, gpu.to.epoch):
                 self._start_challenge(gpu.to)
 
     def _break_off_silent(self, alive: Mapping[str, Listed], now: float) -> None:
         """A gpu that still sends bytes is not silent, whatever its heartbeats do.
 
-        One that has enrolled anew no longer vouches for the way by which it was asked.
+        One that has enrolled anew, or dialled in elsewhere, no longer vouches for the way by which it was asked: what
+        was there may have lost its power, and then no connection says so.
         """
         for call in self._calls:
             gpu = alive.get(call.to.gpu_id)
-            if gpu is None or gpu.to.epoch != call.to.epoch:
+            if gpu is None or (gpu.to.epoch, gpu.to.relay_id) != (call.to.epoch, call.to.relay_id):
                 call.break_off(waiting_since=now - self._settings.alive_s)
 
     def _start_challenge(self, to: Endpoint) -> None:
         which = (to.gpu_id, to.epoch)
         if which in self._challenges:
             return
-        self._tried_at[to.gpu_id] = self._clock()
+        self._tried_at[to.gpu_id], self._tried_by[to.gpu_id] = self._clock(), to.relay_id
         self._challenges[which] = asyncio.create_task(self._challenge(to))
         self._challenges[which].add_done_callback(lambda _: self._challenges.pop(which, None))
 
     async def _challenge(self, to: Endpoint) -> None:
         try:
             proven = await self._client.challenge(to)
-        except errors.GpuUnreachable as exc:
+        except errors.Unavailable as exc:
             log.warning("gpu %s: %s", to.gpu_id, exc.message)
             return
         if not proven:
@@ -288,7 +328,10 @@ class Gpus:
         return breaker is None or breaker.epoch != to.epoch or breaker.lets_through(self._clock())
 
     def _burden(self, gpu: Listed, model: str) -> tuple[int, bool, int]:
-        return self._in_flight[gpu.to.gpu_id], not gpu.loaded[model], secrets.randbits(16)
+        busy = self._in_flight[gpu.to.gpu_id]
+        if self._relay_id is not None:  # what others send there is known by its heartbeats, so some seconds late
+            busy = max(busy, gpu.active_requests)
+        return busy, not gpu.loaded[model], secrets.randbits(16)
 
     @contextlib.contextmanager
     def busy(self, to: Endpoint) -> Iterator[Call]:

@@ -1,4 +1,5 @@
-"""Whether this process can do its work now: the database answers, the disk has room, it is not about to stop.
+"""Whether this process can do its work now: the database answers, the disk has room, the bucket answers where
+there is one, it is not about to stop.
 
 Anybody may ask, so one look serves everybody who asks within a second. Knows nothing of gpus: without one, the relay
 still takes files and jobs.
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
+from relay import errors
+from relay.blobs import Blobs
 from relay.settings import Settings
 from relay.store import Store
 from relay.tables import users
@@ -33,8 +36,9 @@ class Reason:
 
 
 class Health:
-    def __init__(self, store: Store, settings: Settings, stopping: asyncio.Event) -> None:
+    def __init__(self, store: Store, blobs: Blobs, settings: Settings, stopping: asyncio.Event) -> None:
         self._store = store
+        self._blobs = blobs
         self._settings = settings
         self._stopping = stopping
         self._one_at_a_time = asyncio.Lock()
@@ -45,7 +49,8 @@ class Health:
         """Why this process is not ready; empty if it is. What is on disk was looked at within the last second."""
         async with self._one_at_a_time:
             if time.monotonic() - self._looked_at >= LOOK_EVERY_S:
-                self._found = [*await self._database(), *await asyncio.to_thread(self._disk)]
+                looks = self._database(), asyncio.to_thread(self._disk), self._storage()
+                self._found = [reason for found in await asyncio.gather(*looks) for reason in found]
                 self._looked_at = time.monotonic()
         if self._stopping.is_set():
             return [Reason("stopping", "the relay is being restarted"), *self._found]
@@ -55,9 +60,18 @@ class Health:
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S), self._store.read() as db:
                 await db.execute(select(users.c.id).limit(1))  # unlike SELECT 1, this one opens SQLite's file
-        except (SQLAlchemyError, OSError, TimeoutError) as exc:
+        except (SQLAlchemyError, OSError, errors.Unavailable) as exc:
             log.warning("the database does not answer: %s", str(exc).partition("\n")[0] or type(exc).__name__)
             return [Reason("database", "the database does not answer; the relay's log says more")]
+        return []
+
+    async def _storage(self) -> list[Reason]:
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                await self._blobs.check()
+        except (TimeoutError, errors.Unavailable) as exc:
+            log.warning("the bucket of the blobs does not answer: %s", str(exc) or type(exc).__name__)
+            return [Reason("storage", "the storage of files and models does not answer; the relay's log says more")]
         return []
 
     def _disk(self) -> list[Reason]:

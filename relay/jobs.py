@@ -1,6 +1,7 @@
-"""Fine-tuning jobs as their owners see them: create, look, read events, pause, resume, cancel.
+"""Jobs as their owners see them: create, look, read events, pause, resume, cancel.
 
-Knows nothing of HTTP. What gpus and the dispatcher do to a job is in leases.py; the states are in tables.py.
+Of a batch all but its beginning and its last steps is the same (batches.py). Knows nothing of HTTP. What gpus and the
+dispatcher do to a job is in leases.py; the states are in tables.py.
 """
 
 import secrets
@@ -8,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
@@ -16,15 +17,19 @@ from relay import errors, refs
 from relay.blobs import Blobs
 from relay.meter import charge
 from relay.outbox import announce
-from relay.store import Clock, Store
+from relay.store import Clock, Store, one_page
 from relay.sweep import letting_go
-from relay.tables import LEASED, OPEN, checkpoints, files, job_events, job_reports, jobs, models
+from relay.tables import LEASED, OPEN, Kind, checkpoints, files, job_events, job_reports, jobs, models
 
 JobRow = Row[Any]
 EventRow = Row[Any]
 NO_LEASE: Mapping[str, None] = dict.fromkeys(("gpu_id", "gpu_epoch", "lease_until", "leased_at", "pause_asked_at"))
 ON_ITS_WAY: Sequence[refs.Kind] = ("chunk", "result")  # uploaded by a lease, and not yet part of anything
 OVER: Mapping[str, int | None] = {**NO_LEASE, "reserved_bytes": 0, "estimated_finish": None}
+NAMED: Mapping[Kind, tuple[str, str]] = {
+    "fine-tune": ("fine-tuning job", "fine_tuning_job_id"),
+    "batch": ("batch", "batch_id"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +46,16 @@ class NewJob:
     validation_blob: wire.FileRef | None
     key_id: str | None = None  # that asked for it
     sample_prompts: Sequence[str] = ()
+    concept: wire.Concept | None = None
+    estimated_s: float | None = None  # of gpu time, until a gpu says better; None: by the size of the file
     continue_from: str | None = None  # a tuned model of the same owner's
 
 
 class Jobs:
-    def __init__(self, store: Store, blobs: Blobs, clock: Clock) -> None:
+    """Those of one kind; of another there are none here."""
+
+    def __init__(self, store: Store, blobs: Blobs, clock: Clock, kind: Kind = "fine-tune") -> None:
+        self._kind: Kind = kind
         self._store = store
         self._blobs = blobs
         self._clock = clock
@@ -58,10 +68,9 @@ class Jobs:
         job_id = f"ftjob-{secrets.token_hex(12)}"
         async with self._store.write() as db:
             for param, file_id in (("training_file", new.training_file), ("validation_file", new.validation_file)):
-                here = select(files.c.id).where(files.c.id == file_id, files.c.owner == owner).with_for_update()
-                if file_id is not None and (await db.execute(here)).first() is None:
-                    raise errors.NotFound(f"no file '{file_id}'", param=param)
-            continue_from = await _tuned(db, owner, new.continue_from) if new.continue_from else None
+                if file_id is not None:
+                    await is_there(db, owner, file_id, param)
+            continue_from = await tuned(db, owner, new.continue_from) if new.continue_from else None
             await db.execute(
                 insert(jobs).values(
                     id=job_id,
@@ -78,6 +87,8 @@ class Jobs:
                     validation_file=new.validation_file,
                     validation_blob=new.validation_blob.model_dump() if new.validation_blob else None,
                     sample_prompts=list(new.sample_prompts),
+                    concept=new.concept.model_dump() if new.concept else None,
+                    estimated_s=new.estimated_s,
                     continue_from=continue_from.model_dump() if continue_from else None,
                     created_at=self._clock(),
                     key_id=new.key_id,
@@ -95,14 +106,10 @@ class Jobs:
 
     async def page(self, owner: str, after: str | None, limit: int) -> tuple[Sequence[JobRow], bool]:
         """The newest first, and whether there are more."""
-        query = select(jobs).where(jobs.c.owner == owner).order_by(jobs.c.created_at.desc(), jobs.c.id.desc())
+        mine = select(jobs).where(jobs.c.owner == owner, jobs.c.kind == self._kind)
         async with self._store.read() as db:
-            if after is not None:
-                last = await self._of(db, owner, after)
-                older = (jobs.c.created_at == last.created_at) & (jobs.c.id < last.id)
-                query = query.where(or_(jobs.c.created_at < last.created_at, older))
-            rows = (await db.execute(query.limit(limit + 1))).all()
-        return rows[:limit], len(rows) > limit
+            last = await self._of(db, owner, after) if after is not None else None
+            return await one_page(db, mine, jobs, last, limit)
 
     async def events(self, owner: str, job_id: str, after: int | None, limit: int) -> tuple[Sequence[EventRow], bool]:
         """The newest first, and whether there are more."""
@@ -137,8 +144,7 @@ class Jobs:
             await db.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
             await say(db, now, job_id, job.fence + 1, "Job cancelled.")
             await charge(db, now, job)
-            await announce(db, now, owner, job_id, "cancelled")
-            gone |= await forget(db, job_id)
+            gone |= await ended(db, now, job, "cancelled")
             return await self._of(db, owner, job_id), job.gpu_id
 
     async def pause(self, owner: str, job_id: str) -> tuple[JobRow, str | None]:
@@ -154,7 +160,7 @@ class Jobs:
             if job.status == "queued":
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(status="paused"))
                 await say(db, now, job_id, job.fence, "Job paused.")
-                await announce(db, now, owner, job_id, "paused")
+                await announce(db, now, job, "paused")
             elif job.status in LEASED and job.pause_asked_at is None:
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(pause_asked_at=now))
                 await say(db, now, job_id, job.fence, "Pausing: the gpu stores a checkpoint first.")
@@ -218,14 +224,24 @@ class Jobs:
         return row
 
     async def _of(self, db: AsyncConnection, owner: str, job_id: str) -> JobRow:
-        row = (await db.execute(select(jobs).where(jobs.c.id == job_id, jobs.c.owner == owner))).one_or_none()
+        mine = jobs.c.id == job_id, jobs.c.owner == owner, jobs.c.kind == self._kind
+        row = (await db.execute(select(jobs).where(*mine))).one_or_none()
         if row is None:
-            raise errors.NotFound(f"no fine-tuning job '{job_id}'", param="fine_tuning_job_id")
+            what, param = NAMED[self._kind]
+            raise errors.NotFound(f"no {what} '{job_id}'", param=param)
         return row
 
 
-async def _tuned(db: AsyncConnection, owner: str, model_id: str) -> wire.TunedModel:
-    here = select(models.c.adapter).where(models.c.id == model_id, models.c.owner == owner).with_for_update()
+async def is_there(db: AsyncConnection, owner: str, file_id: str, param: str) -> None:
+    """Its blob does not go before the transaction ends, for writes are one at a time. Raises NotFound."""
+    here = select(files.c.id).where(files.c.id == file_id, files.c.owner == owner)
+    if (await db.execute(here)).first() is None:
+        raise errors.NotFound(f"no file '{file_id}'", param=param)
+
+
+async def tuned(db: AsyncConnection, owner: str, model_id: str) -> wire.TunedModel:
+    """Its files do not go before the transaction ends. Raises ModelNotFound."""
+    here = select(models.c.adapter).where(models.c.id == model_id, models.c.owner == owner)
     adapter = (await db.execute(here)).scalar_one_or_none()
     if adapter is None:
         raise errors.ModelNotFound(f"no tuned model '{model_id[:200]}'", param="model")
@@ -242,6 +258,17 @@ async def _is_kept(db: AsyncConnection, job: JobRow) -> bool:
     """Its training has diverged, and there is a checkpoint to go on from."""
     here = select(checkpoints.c.step).where(checkpoints.c.job_id == job.id).limit(1)
     return job.status == "failed" and (await db.execute(here)).first() is not None
+
+
+async def ended(db: AsyncConnection, at: float, job: JobRow, status: str) -> set[str]:
+    """Who wants to know is told, and what the job kept is let go: the blobs that it named.
+
+    Of a batch later, once its files are written: they are made of what it keeps.
+    """
+    if job.kind == "batch":
+        return set()
+    await announce(db, at, job, status)
+    return await forget(db, job.id)
 
 
 async def forget(db: AsyncConnection, job_id: str) -> set[str]:

@@ -8,25 +8,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, exists, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
 from relay import errors, fairness, placement, refs
 from relay.blobs import Blobs
-from relay.jobs import NO_LEASE, ON_ITS_WAY, OVER, JobRow, forget, say
+from relay.jobs import NO_LEASE, ON_ITS_WAY, OVER, JobRow, ended, forget, say
 from relay.meter import charge
 from relay.outbox import announce
 from relay.settings import Settings
 from relay.store import Clock, Store
 from relay.sweep import letting_go
-from relay.tables import LEASED, base_models, checkpoints, gpus, job_events, job_reports, jobs, models, offers, users
+from relay.tables import (
+    LEASED,
+    base_models,
+    batches,
+    checkpoints,
+    gpus,
+    job_events,
+    job_reports,
+    jobs,
+    models,
+    offers,
+    users,
+)
 
 MAX_ATTEMPTS = 3  # leases that may be lost in a row without a new checkpoint before the job is given up
 HEADS_SHOWN = 1000  # pairs of user and base model that one look compares
 MAX_ETA_S = 365 * 86400
 DIVERGED = "training_diverged"  # the gpu's word for a loss that is no number, or rises out of reach
 KEPT_S = 7 * 86400.0  # a checkpoint of such a job
+ONE_OF = "give exactly one of 'adapter' and 'error'; of a batch neither, or 'error'"
 MODEL_ID_HEX = 12  # of the job's id, in the id of its model
 
 
@@ -47,11 +60,6 @@ class Leases:
         self._blobs = blobs
         self._settings = settings
         self._clock = clock
-
-    async def grace(self) -> None:
-        """At the start of the relay: its own absence must cost nobody a lease."""
-        async with self._store.write() as db:
-            await db.execute(update(jobs).where(jobs.c.status.in_(LEASED)).values(lease_until=self._term()))
 
     # --- the dispatcher's side ---
 
@@ -148,6 +156,8 @@ class Leases:
             await db.execute(update(users).where(users.c.id == job.owner).values(**paid))
             name = (await db.execute(select(gpus.c.name).where(gpus.c.id == match.gpu_id))).scalar_one()
             await say(db, self._clock(), match.job_id, job.fence, f"Given to gpu '{name}'.")
+            begins = update(batches).where(batches.c.job_id == match.job_id, batches.c.in_progress_at.is_(None))
+            await db.execute(begins.values(in_progress_at=self._clock()))
         fence: int = job.fence
         return fence
 
@@ -231,12 +241,15 @@ class Leases:
             for (job_id, fence), job in mine.items()
             if (job_id, fence) in reported and job.pause_asked_at is not None and job.status != "finalizing"
         ]
-        grants = [
-            wire.GrantLease(fence=fence, job=job_spec(job, await self._checkpoints(job_id)))
-            for (job_id, fence), job in mine.items()
-            if (job_id, fence) not in reported
-        ]
+        grants = [await self._grant(job) for lease, job in mine.items() if lease not in reported]
         return [*turns, *cancels, *pauses, *grants]
+
+    async def _grant(self, job: JobRow) -> wire.GrantLease | wire.GrantBatch:
+        if job.kind == "batch":
+            async with self._store.read() as db:
+                batch = (await db.execute(select(batches).where(batches.c.job_id == job.id))).one()
+            return wire.GrantBatch(fence=job.fence, job=batch_spec(job, batch))
+        return wire.GrantLease(fence=job.fence, job=job_spec(job, await self._checkpoints(job.id)))
 
     async def _checkpoints(self, job_id: str) -> list[wire.Checkpoint]:
         kept = select(checkpoints.c.manifest).where(checkpoints.c.job_id == job_id)
@@ -286,15 +299,19 @@ class Leases:
 
         The blobs that the result names must be there. Raises LeaseLost, InvalidRequest.
         """
-        if (result.adapter is None) == (result.error is None):
-            raise errors.InvalidRequest("give exactly one of 'adapter' and 'error'", param="adapter")
+        if result.adapter is not None and result.error is not None:
+            raise errors.InvalidRequest(ONE_OF, param="adapter")
         stored = result.model_dump()
         async with letting_go(self._store, self._blobs) as (db, gone):
             job = (await db.execute(select(jobs).where(jobs.c.id == job_id))).one_or_none()
             if job is not None and job.fence == result.fence and job.last_gpu_id == by.gpu_id and job.result == stored:
                 return job
             job = await self.held(db, by, job_id, result.fence)
-            if result.adapter is not None:
+            if result.error is None and job.kind == "batch":
+                await self._answered(db, job, result)
+            elif result.error is None and result.adapter is None:
+                raise errors.InvalidRequest(ONE_OF, param="adapter")
+            elif result.adapter is not None:
                 gone |= await self._succeed(db, job, result, result.adapter)
             elif result.error is not None and result.error.needed_bytes is not None:
                 gone |= await self._does_not_fit(db, job, result.error, result.error.needed_bytes)
@@ -303,7 +320,7 @@ class Leases:
                 gone |= await self._requeue(db, job, result.error.message, result.error.code, counts=True)
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
             elif result.error is not None:
-                gone |= await self._fail(db, job, result.error.message, result.error.code, result.error.param)
+                gone |= await self.fail(db, job, result.error.message, result.error.code, result.error.param)
                 await db.execute(update(jobs).where(jobs.c.id == job_id).values(result=stored))
             return (await db.execute(select(jobs).where(jobs.c.id == job_id))).one()
 
@@ -313,9 +330,8 @@ class Leases:
         """The blobs that it names no more."""
         if adapter.base_model != job.base_model:
             raise errors.InvalidRequest(f"adapter.base_model: the job is about '{job.base_model}'", param="adapter")
-        await refs.hold(db)
         for file in [*adapter.files, *result.reports]:
-            if self._blobs.size_bytes(file.sha256) != file.bytes:
+            if await self._blobs.size_bytes(file.sha256) != file.bytes:
                 message = f"adapter.files: blob {file.sha256} ({file.name}) is not stored here: upload it, then finish"
                 raise errors.InvalidRequest(message, param="adapter", code="blob_missing")
         now = self._clock()
@@ -341,10 +357,22 @@ class Leases:
             await refs.name(db, "report", job.id, job.owner, refs.sizes(result.reports))
         await say(db, self._clock(), job.id, job.fence, f"The job has succeeded. New model: {model_id}")
         await charge(db, now, job, result.trained_tokens)
-        await announce(db, now, job.owner, job.id, "succeeded")
-        return await forget(db, job.id)
+        return await ended(db, now, job, "succeeded")
 
-    async def _fail(self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None) -> set[str]:
+    async def _answered(self, db: AsyncConnection, job: JobRow, result: wire.JobResult) -> None:
+        """Every row of a batch is; its files are still to be written."""
+        total = (await db.execute(select(batches.c.total).where(batches.c.job_id == job.id))).scalar_one()
+        if job.saved_step < total:
+            raise errors.InvalidRequest(f"{total - job.saved_step:,} rows are not answered yet: send their part first")
+        now = self._clock()
+        values = {"status": "succeeded", "finished_at": now, "result": result.model_dump(), **OVER}
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
+        await say(db, now, job.id, job.fence, f"All {total:,} rows are answered.")
+
+    async def fail(
+        self, db: AsyncConnection, job: JobRow, message: str, code: str, param: str | None = None
+    ) -> set[str]:
+        """The blobs that it names no more."""
         values = {
             "status": "failed",
             "finished_at": self._clock(),
@@ -354,15 +382,15 @@ class Leases:
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         await say(db, self._clock(), job.id, job.fence, f"The job has failed: {message}", level="error")
         await charge(db, self._clock(), job)
-        await announce(db, self._clock(), job.owner, job.id, "failed")
         if code == DIVERGED and job.saved_step:
+            await announce(db, self._clock(), job, "failed")
             until = f"for {KEPT_S / 86400:.0f} days"
             kept = (
                 f"The checkpoint of step {job.saved_step} is kept {until}: resume with a learning_rate_factor below 1."
             )
             await say(db, self._clock(), job.id, job.fence, kept)
             return set()
-        return await forget(db, job.id)
+        return await ended(db, self._clock(), job, "failed")
 
     async def _does_not_fit(
         self, db: AsyncConnection, job: JobRow, error: wire.JobError, needed_bytes: int
@@ -393,26 +421,34 @@ class Leases:
         values = {"attempts": attempts, "lost_step": job.saved_step}
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         if attempts >= MAX_ATTEMPTS:
-            return await self._fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code, None)
+            return await self.fail(db, job, f"{why} That was attempt {attempts} of {MAX_ATTEMPTS}.", code)
         if job.leased_at is not None and (unused_s := _cost_s(job) - (self._clock() - job.leased_at)) > 0:
             back = update(users).where(users.c.id == job.owner)
             await db.execute(back.values(credit_s=users.c.credit_s + unused_s))
+        if job.kind == "batch":
+            await self._estimate_rest(db, job)
         paused = job.pause_asked_at is not None
         values = {"status": "paused" if paused else "queued", "estimated_finish": None, **NO_LEASE}
         await db.execute(update(jobs).where(jobs.c.id == job.id).values(**values))
         now = "The job is paused" if paused else "The job waits for a gpu again"
-        since = f", to go on from the checkpoint of step {job.saved_step}" if job.saved_step else ""
+        since = f", to go on {_from(job)}" if job.saved_step else ""
         spent = f" Attempt {attempts} of {MAX_ATTEMPTS} is spent." if counts and attempts else ""
         level = "warn" if counts else "info"
         await say(db, self._clock(), job.id, job.fence, f"{why} {now}{since}.{spent}", level=level)
         await charge(db, self._clock(), job)
         if paused:
-            await announce(db, self._clock(), job.owner, job.id, "paused")
+            await announce(db, self._clock(), job, "paused")
         return set()
+
+    async def _estimate_rest(self, db: AsyncConnection, job: JobRow) -> None:
+        """The rows of a batch that this lease has answered are not paid for again."""
+        total = (await db.execute(select(batches.c.total).where(batches.c.job_id == job.id))).scalar_one()
+        share = (total - job.saved_step) / max(1, total - job.lost_step)
+        await db.execute(update(jobs).where(jobs.c.id == job.id).values(estimated_s=job.estimated_s * share))
 
     async def held(self, db: AsyncConnection, by: wire.SignedBy, job_id: str, fence: int) -> JobRow:
         """The job, if this lease of it stands. Raises LeaseLost."""
-        row: JobRow | None = (await db.execute(_locked(self._live(by, job_id, fence)))).one_or_none()
+        row: JobRow | None = (await db.execute(select(jobs).where(self._live(by, job_id, fence)))).one_or_none()
         if row is None:
             raise errors.LeaseLost(f"the lease of job '{job_id}' with fence {fence} is not yours any more: stop")
         return row
@@ -445,9 +481,23 @@ def job_spec(job: JobRow, kept: Sequence[wire.Checkpoint] = ()) -> wire.JobSpec:
         training_file=job.training_blob,
         validation_file=job.validation_blob,
         sample_prompts=job.sample_prompts or [],
+        concept=job.concept,
         continue_from=job.continue_from,
         rate_factor=job.rate_factor,
         checkpoints=list(kept),
+    )
+
+
+def batch_spec(job: JobRow, batch: JobRow) -> wire.BatchSpec:
+    return wire.BatchSpec(
+        job_id=job.id,
+        base_model=job.base_model,
+        endpoint=batch.endpoint,
+        input_file=job.training_blob,
+        total=batch.total,
+        tuned=job.continue_from,
+        done=[wire.RowSpan(first=first, last=last) for first, last in batch.done],
+        is_last_try=job.attempts == MAX_ATTEMPTS - 1,
     )
 
 
@@ -460,9 +510,10 @@ def _cost_s(job: Any) -> float:
     return fairness.estimate_s(job.estimated_s, job.training_blob["bytes"], n_epochs)
 
 
-def _locked(where: ColumnElement[bool]) -> Select[Any]:
-    """The row stays as it is until the transaction ends. SQLite has one writer anyway, and leaves this out."""
-    return select(jobs).where(where).with_for_update()
+def _from(job: JobRow) -> str:
+    if job.kind == "batch":
+        return f"behind the {job.saved_step:,} rows that are answered"
+    return f"from the checkpoint of step {job.saved_step}"
 
 
 def _eta_s(event: wire.JobEvent) -> float | None:

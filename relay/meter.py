@@ -51,7 +51,12 @@ async def add(db: AsyncConnection, of: str, user_id: str, key_id: str, used: Use
 
 
 async def charge(db: AsyncConnection, at: float, job: Row[Any], trained_tokens: int = 0) -> None:
-    """A lease of the job ends, in this transaction: its owner and the key that made it have used a gpu so long."""
+    """A lease of the job ends, in this transaction: its owner and the key that made it have used a gpu so long.
+
+    A batch has used the tokens of its answers, as live requests do, which were counted when they came.
+    """
+    if job.kind == "batch":
+        return
     gpu_s = max(0.0, at - job.leased_at) if job.leased_at is not None else 0.0
     if gpu_s or trained_tokens:
         used = Used(trained_tokens=trained_tokens, gpu_s=gpu_s)

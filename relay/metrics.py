@@ -62,7 +62,7 @@ class Metrics:
         self._states = {
             "gpus": gauge("gpus", "Gpus that are heard from, by what they can do.", "state"),
             "breakers": gauge("breakers", "Circuit breakers of gpus that are heard from.", "state"),
-            "jobs": gauge("jobs", "Fine-tuning jobs.", "state"),
+            "jobs": gauge("jobs", "Fine-tunes and batches.", "state"),
             "waiting": gauge("waiting", "Requests that stand in line for a gpu.", "line"),
         }
         self._sizes = {

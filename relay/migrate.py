@@ -16,7 +16,6 @@ from relay import errors
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 VERSIONS = MIGRATIONS / "versions"
-LOCK = 0x696D66696E65  # PostgreSQL's advisory lock: one process at a time
 
 
 def revisions() -> list[str]:
@@ -25,9 +24,7 @@ def revisions() -> list[str]:
 
 
 def forwards(db: Connection) -> None:
-    """To the last revision. On SQLite the write lock must be held and foreign keys be off. Raises NewerDatabase."""
-    if db.dialect.name == "postgresql":
-        db.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
+    """To the last revision. The write lock must be held, and on SQLite foreign keys be off. Raises NewerDatabase."""
     known, found = revisions(), inspect(db).get_table_names()
     at = db.scalar(text("SELECT version_num FROM alembic_version")) if "alembic_version" in found else None
     if at == known[-1]:

@@ -6,7 +6,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 
 import wire
-from relay import api_admin, api_data, api_ui, api_webhooks, shapes
+from relay import api_admin, api_batches, api_data, api_ui, api_webhooks, shapes
 from schema import BYTES, JSON, STREAM, Doc, Table, document
 
 USER = (401, 403, 503)  # whoever signs in
@@ -32,7 +32,7 @@ PREVIEW = {
 UPLOAD = {
     "type": "object",
     "required": ["purpose", "file"],
-    "properties": {"purpose": {"const": "fine-tune"}, "file": {"type": "string", "format": "binary"}},
+    "properties": {"purpose": {"enum": ["fine-tune", "batch"]}, "file": {"type": "string", "format": "binary"}},
 }
 IMPORT = {
     "type": "object",
@@ -50,6 +50,9 @@ OF_ADMIN = Doc((*USER, *FOUND))
 FILES, JOBS, HOOKS, KEYS, GPUS = "/v1/files", "/v1/fine_tuning/jobs", "/v1/webhook_endpoints", "/api/keys", "/api/gpus"
 JOB, FILE, HOOK, ON_GPU = JOBS + "/{job_id}", FILES + "/{file_id}", HOOKS + "/{webhook_id}", "/gpu/jobs/{job_id}"
 USERS, TOKENS, MADE = "/api/users", "/api/enrol-tokens", "/api/generations"
+
+BATCHES = "/v1/batches"
+BATCH = BATCHES + "/{batch_id}"
 
 HAS_BLOB, PUT_BLOB = Doc((400, 401, 404, 409, 503), answers=()), Doc((*GPU, 507), BINARY, BYTES)
 
@@ -82,6 +85,13 @@ TABLE: Final[Table] = {
     ("POST", f"{JOB}/pause"): Doc((*COUNTED, *FOUND, 409)),
     ("POST", f"{JOB}/resume"): Doc((*COUNTED, *BODY, 404, 409), shapes.Resume, needs_body=False),
     ("POST", f"{JOB}/cancel"): Doc((*COUNTED, *FOUND, 409)),
+    ("POST", BATCHES): Doc((*COUNTED, *BODY, 404), api_batches.NewBatchBody),
+    ("GET", BATCHES): LISTED,
+    ("GET", BATCH): GOT,
+    ("GET", f"{BATCH}/events"): LISTED,
+    ("POST", f"{BATCH}/cancel"): Doc((*COUNTED, *FOUND, 409)),
+    ("POST", f"{BATCH}/pause"): Doc((*COUNTED, *FOUND, 409)),
+    ("POST", f"{BATCH}/resume"): Doc((*COUNTED, *FOUND, 409)),
     ("POST", HOOKS): Doc((*COUNTED, *BODY), api_webhooks.NewWebhook),
     ("GET", HOOKS): LISTED,
     ("GET", HOOK): GOT,
@@ -98,6 +108,7 @@ TABLE: Final[Table] = {
     ("PUT", f"{ON_GPU}/chunks/{{sha256}}"): PUT_BLOB,
     ("POST", f"{ON_GPU}/reserve"): Doc((*GPU, 403, 507), wire.Reservation),
     ("POST", f"{ON_GPU}/checkpoints"): Doc((*GPU, 403, 507), wire.CheckpointStored),
+    ("POST", f"{ON_GPU}/parts"): Doc(GPU, wire.PartStored),
     ("POST", f"{ON_GPU}/release"): Doc(GPU, wire.Release),
     ("GET", "/gpu/blobs/{sha256}"): Doc((400, 401, 404, 503), answers=(BYTES,)),
     ("GET", "/gpu/models/{model_id}"): Doc((400, 401, 404, 503)),

@@ -23,8 +23,8 @@ from yarl import URL
 from relay import errors
 from relay.metrics import Metrics
 from relay.store import Clock, Store
+from relay.tables import Kind, webhooks
 from relay.tables import webhook_deliveries as deliveries
-from relay.tables import webhooks
 from relay.transport import GuardedHttp, TransportFailed
 
 log = logging.getLogger("relay.outbox")
@@ -37,20 +37,23 @@ AGAIN_AFTER_S = (5, 30, 120, 600, 1800, 3600, 3 * 3600, 6 * 3600, 12 * 3600)  # 
 KEPT_S = 30 * 86400.0
 SWEEP_EVERY_S = 3600.0
 SECRET_PREFIX = "whsec_"  # noqa: S105  of each secret
-EVENT_OF = {status: f"fine_tuning.job.{status}" for status in ("succeeded", "failed", "cancelled", "paused")}
+EVENT_OF: Mapping[Kind, Mapping[str, str]] = {
+    "fine-tune": {how: f"fine_tuning.job.{how}" for how in ("succeeded", "failed", "cancelled", "paused")},
+    "batch": {how: f"batch.{how}" for how in ("completed", "failed", "expired", "cancelled", "paused")},
+}
 HEADERS = {"user-agent": "im-fine-webhooks", "accept-encoding": "identity"}
 
 
-async def announce(db: AsyncConnection, at: float, owner: str, job_id: str, status: str) -> None:
+async def announce(db: AsyncConnection, at: float, job: Row[Any], status: str) -> None:
     """The job has come to `status`: for each webhook of its owner that wants to know."""
-    event = EVENT_OF[status]
-    wanted = await db.execute(select(webhooks.c.id, webhooks.c.event_types).where(webhooks.c.owner == owner))
+    event = EVENT_OF[job.kind][status]
+    wanted = await db.execute(select(webhooks.c.id, webhooks.c.event_types).where(webhooks.c.owner == job.owner))
     for hook in wanted.all():
         if event not in hook.event_types:
             continue
         event_id = f"evt_{secrets.token_hex(12)}"
-        body = {"id": event_id, "object": "event", "created_at": int(at), "type": event, "data": {"id": job_id}}
-        row = {"event_id": event_id, "webhook_id": hook.id, "job_id": job_id, "event_type": event}
+        body = {"id": event_id, "object": "event", "created_at": int(at), "type": event, "data": {"id": job.id}}
+        row = {"event_id": event_id, "webhook_id": hook.id, "job_id": job.id, "event_type": event}
         await db.execute(insert(deliveries).values(**row, body=json.dumps(body), created_at=at, next_at=at))
 
 
@@ -76,6 +79,8 @@ class Outbox:
             while True:
                 try:
                     await self._round()
+                except errors.Unavailable as exc:
+                    log.warning("a round of webhooks failed (%s); it is tried again", exc.code)
                 except (SQLAlchemyError, errors.RelayError):
                     log.exception("a round of webhooks failed; it is tried again")
                 await asyncio.sleep(LOOK_EVERY_S)

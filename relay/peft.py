@@ -153,7 +153,7 @@ def _lora(meta: AdapterMeta, file: TensorFile, module: str, names: list[str]) ->
                 data += bytes(out * rank * item)
                 continue
             how, piece = hows[part], file.read(lora_key(parts[part], B))
-            mine, row = _scaled(piece.data, how.scale / scale), how.rank * item
+            mine, row = scaled(piece.data, how.scale / scale), how.rank * item
             left, right = bytes(before * item), bytes((rank - before - how.rank) * item)
             for at in range(0, len(mine), row):
                 data += left + mine[at : at + row] + right
@@ -171,7 +171,8 @@ def _endings(how: LoraMeta) -> tuple[str, ...]:
     return (A, B, MAGNITUDE) if how.dora else (A, B)
 
 
-def _scaled(data: bytes, by: float) -> bytes:
+def scaled(data: bytes, by: float) -> bytes:
+    """Of fp32 numbers; by 1.0 of any."""
     return data if by == 1.0 else array("f", (x * by for x in array("f", data))).tobytes()
 
 

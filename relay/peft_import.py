@@ -4,6 +4,7 @@ The config comes from a stranger, regular expressions included: those run agains
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def read_config(content: bytes) -> Config:
 
 def imported(config: Config, file: TensorFile, base: BaseTensors) -> Imported:
     """Raises CannotImport for what the base model lacks, what peft itself would leave unused, and what is not LoRA."""
-    matcher, found = _Matcher(config), Imported()
+    matcher, found = Matcher(config), Imported()
     adapted: dict[str, dict[str, str]] = {}  # module in peft -> ending -> key
     saved: dict[str, list[tuple[str, str]]] = {}  # module in peft -> kind, key
     for key in file.places:
@@ -138,7 +139,7 @@ def imported(config: Config, file: TensorFile, base: BaseTensors) -> Imported:
 def _lora(
     found: Imported,
     config: Config,
-    matcher: "_Matcher",
+    matcher: "Matcher",
     file: TensorFile,
     base: BaseTensors,
     module: str,
@@ -249,15 +250,15 @@ def _check_tied(file: TensorFile, base: BaseTensors, key: str) -> None:
 # --- what the config targets -----------------------------------------------------------------------------------------
 
 
-class _Matcher:
+class Matcher:
     """peft's own rules of matching (tuners_utils.check_target_module_exists, get_pattern_key), against a clock."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config
         self._until = time.monotonic() + PATTERNS_S
 
     def targets(self, module: str, base: BaseTensors) -> bool:
-        config = self._config
+        config = self.config
         if self._among(module, config.exclude_modules):
             return False
         if self.saves(module, embeddings=False):
@@ -272,13 +273,13 @@ class _Matcher:
         """peft also stores embeddings whose size was changed, unnamed."""
         if embeddings and module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte"):
             return True
-        return any(module.endswith(name) for name in self._config.modules_to_save or ())
+        return any(module.endswith(name) for name in self.config.modules_to_save or ())
 
     def rank(self, module: str) -> int:
-        return int(self._pattern(self._config.rank_pattern, module, self._config.r))
+        return int(self._pattern(self.config.rank_pattern, module, self.config.r))
 
     def alpha(self, module: str) -> float:
-        return self._pattern(self._config.alpha_pattern, module, self._config.lora_alpha)
+        return self._pattern(self.config.alpha_pattern, module, self.config.lora_alpha)
 
     def _left_s(self) -> float:
         """Many quick patterns take as long as a slow one."""
@@ -294,10 +295,10 @@ class _Matcher:
         return any(module == name or module.endswith(f".{name}") for name in wanted or ())
 
     def _in_layers(self, module: str) -> bool:
-        chosen = self._config.layers_to_transform
+        chosen = self.config.layers_to_transform
         if chosen is None or chosen == []:
             return True
-        patterns = self._config.layers_pattern or [r"[^.]*"]
+        patterns = self.config.layers_pattern or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
             if at := self._search(rf"{start}{pattern}\.(?P<idx>\d+)\.", module):
@@ -308,7 +309,7 @@ class _Matcher:
     def _pattern(self, patterns: Mapping[str, float] | None, module: str, default: float) -> float:
         for pattern, value in (patterns or {}).items():
             if self._search(rf"(.*\.)?({pattern})$", module):
-                if not value > 0:
+                if not 0 < value < math.inf:
                     raise CannotImport(f"{CONFIG}: {pattern[:100]} has {value}: ranks and alphas are above 0")
                 return value
         return default

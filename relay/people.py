@@ -22,6 +22,8 @@ from relay.store import Clock, Store
 from relay.sweep import letting_go
 from relay.tables import (
     OPEN,
+    batch_parts,
+    batches,
     files,
     job_events,
     jobs,
@@ -122,7 +124,9 @@ class People:
 
     async def _remove_job(self, job_id: str) -> None:
         async with letting_go(self._store, self._blobs) as (db, gone):
-            gone |= await forget(db, job_id) | await drop_reports(db, job_id)
+            gone |= await forget(db, job_id) | await drop_reports(db, job_id) | await refs.unname(db, "part", job_id)
+            await db.execute(delete(batch_parts).where(batch_parts.c.job_id == job_id))
+            await db.execute(delete(batches).where(batches.c.job_id == job_id))
             mine = delete(models).where(models.c.job_id == job_id).returning(models.c.id)
             gone |= await refs.unname(db, "model", *(await db.execute(mine)).scalars().all())
             await db.execute(delete(job_events).where(job_events.c.job_id == job_id))

@@ -8,13 +8,15 @@ import os
 import sys
 from typing import NoReturn
 
-from relay.settings import BadSetting, Settings, check_safe, environment, secret
+from relay.safety import check_safe
+from relay.settings import BadSetting, Settings, environment, secret
 
 FLOWER_USER, FLOWER_PREFIX = "admin", "pw-flower-"
 CELERY = (sys.executable, "-m", "celery", "--quiet", "-A", "relay.celery_app")
 
 
-def worker(settings: Settings, concurrency: int) -> NoReturn:
+def worker(settings: Settings, concurrency: int, name: str | None = None) -> NoReturn:
+    """The broker refuses the second of one name, and a machine may run several: without one, it goes by its process."""
     _run(
         settings,
         "worker",
@@ -22,6 +24,8 @@ def worker(settings: Settings, concurrency: int) -> NoReturn:
         "info",
         "--concurrency",
         str(concurrency),
+        "--hostname",
+        f"{name or f'relay-{os.getpid()}'}@%h",
         "--without-gossip",
         "--without-mingle",
     )
@@ -32,12 +36,12 @@ def beat(settings: Settings) -> NoReturn:
 
 
 def flower(settings: Settings, port: int) -> NoReturn:
-    """On loopback, for nginx to pass on under /flower, and never without a password."""
+    """For nginx to pass on under /flower, and never without a password: on loopback, or where RELAY_HOST says."""
     password = secret(settings.flower_password, settings.flower_password_file, FLOWER_PREFIX)
     _run(
         settings,
         "flower",
-        FLOWER_ADDRESS="127.0.0.1",
+        FLOWER_ADDRESS=settings.host,
         FLOWER_PORT=str(port),
         FLOWER_URL_PREFIX="flower",
         FLOWER_BASIC_AUTH=f"{FLOWER_USER}:{password}",

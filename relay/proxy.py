@@ -31,7 +31,7 @@ GPU_STOPPING = b'"gpu_stopping"'  # the code of a gpu that takes nothing new
 TRIES = 2  # gpus asked before the first byte of an answer; from that byte on there is no other gpu
 STOP_GRACE_S = 1.0  # what is nearly done may end when the relay stops
 MAX_ANSWER_BYTES = 64 * 2**20  # of an answer that is no stream
-MAX_FRAME_BYTES = 8 * 2**20
+MAX_FRAME_BYTES = 16 * 2**20  # a picture of 1536 x 1536 takes up to 10
 PASSED_DOWN = ("content-type", "retry-after", "retry-after-ms", "x-should-retry")
 BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 

@@ -1,7 +1,8 @@
 """Which rows name which blobs: the one table that says whether a blob lives, and what of it counts as whose.
 
 Whoever writes a row that names blobs says so here in the same transaction, and takes it back in the one that ends the
-row. Does not know what a blob or a holder is. sweep.py removes what nothing names.
+row. Does not know what a blob or a holder is. sweep.py removes what nothing names, inside a write: there is one writer
+at a time (store.py), so who finds a blob inside a write of theirs may name it.
 
 kind          holder                  its blobs
 file          a file's id             its content
@@ -11,29 +12,19 @@ checkpoint    a job's id/step         its chunks
 result        a job's id              of an adapter on its way
 model         a tuned model's id      its adapter
 report        a job's id              its reports, while its model is here
+part          a batch's id            answers, until its files are written
 """
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
-from sqlalchemy import delete, insert, select, text
+from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import wire
 from relay.tables import blob_refs
 
-Kind = Literal["file", "job", "chunk", "checkpoint", "result", "model", "report"]
-LOCK = 0x626C6F6273  # PostgreSQL's advisory lock: shared by who names blobs, alone for who removes some
-
-
-async def hold(db: AsyncConnection, *, alone: bool = False) -> None:
-    """Until the transaction ends no blob goes. For who looks whether a blob is here before naming it.
-
-    SQLite has one writer at a time anyway.
-    """
-    if db.dialect.name == "postgresql":
-        lock = "pg_advisory_xact_lock" if alone else "pg_advisory_xact_lock_shared"
-        await db.execute(text(f"SELECT {lock}(:lock)"), {"lock": LOCK})
+Kind = Literal["file", "job", "chunk", "checkpoint", "result", "model", "report", "part"]
 
 
 async def name(db: AsyncConnection, kind: Kind, holder: str, owner: str, blobs: Mapping[str, int]) -> None:

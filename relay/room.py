@@ -17,6 +17,7 @@ from relay.store import Store
 from relay.tables import OPEN, blob_refs, checkpoints, jobs
 
 OF_JOBS = ("checkpoint", "chunk", "result")  # kinds of names (refs.py) that a reservation covers
+UNRESERVED = ("part",)
 OF_MODELS = ("model", "report")
 ON_ITS_WAY = ("chunk", "result")
 
@@ -48,7 +49,8 @@ class Room:
         """What an upload may have: `most_bytes`, or what is left of the quota, or of the disk."""
         async with self._store.read() as db:
             usage = await _usage(db, owner)
-            disk_bytes = self._blobs.free_bytes() - await promised_bytes(db)
+            promised = await promised_bytes(db) if self._blobs.on_this_disk else 0
+            disk_bytes = self._blobs.free_bytes() - promised
         bounds = [
             Bound(most_bytes, errors.TooLarge(f"larger than {most_bytes:,} bytes, which is the limit here: send less"))
         ]
@@ -68,6 +70,8 @@ class Room:
 
     async def check_disk(self, db: AsyncConnection, job_id: str, bytes: int) -> None:
         """Raises DiskFull where the job's `bytes`, beside what others have set aside, do not fit."""
+        if not self._blobs.on_this_disk:
+            return
         stored = await stored_bytes(db, job_id)
         self._blobs.check_room(bytes - stored + await promised_bytes(db, but_job=job_id))
 
@@ -106,9 +110,8 @@ async def _usage(db: AsyncConnection, owner: str, but_job: str = "") -> Usage:
     reserving = jobs.c.owner == owner, jobs.c.status.in_(OPEN), jobs.c.reserved_bytes > 0, jobs.c.id != but_job
     reserved = (await db.execute(select(func.sum(jobs.c.reserved_bytes)).where(*reserving))).scalar() or 0
     stored = _sum(by_kind, OF_JOBS) - (await stored_bytes(db, but_job) if but_job else 0)
-    return Usage(
-        by_kind.get("file", 0), _sum(by_kind, OF_MODELS), max(int(reserved), stored) + await _fileless(db, owner)
-    )
+    of_jobs = max(int(reserved), stored) + _sum(by_kind, UNRESERVED) + await _fileless(db, owner)
+    return Usage(by_kind.get("file", 0), _sum(by_kind, OF_MODELS), of_jobs)
 
 
 def _sum(by_kind: dict[str, int], kinds: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ class Listed:
     enrolled_at: float
     last_seen_at: float
     draining: bool
+    active_requests: int  # by its last heartbeat, whichever process they came from
     loaded: Mapping[str, bool]  # of each base model that it offers
 
 
@@ -75,17 +76,21 @@ class Roster:
             changes = self._changes
             has_way = gpus.c.url.is_not(None) | (gpus.c.tunnel == wire.DIALLED)
             recent = has_way & (gpus.c.last_seen_at >= self._clock() - self._alive_s)
-            columns = (gpus.c.id, gpus.c.epoch, gpus.c.name, gpus.c.tunnel, gpus.c.url, gpus.c.signing_key)
+            way = (gpus.c.tunnel, gpus.c.url, gpus.c.signing_key, gpus.c.relay_id)
+            columns = (gpus.c.id, gpus.c.epoch, gpus.c.name, *way)
             has = select(offers).join(gpus, gpus.c.id == offers.c.gpu_id).where(recent)
             async with self._store.read() as db:
-                state = (gpus.c.enrolled_at, gpus.c.last_seen_at, gpus.c.draining)
+                state = (gpus.c.enrolled_at, gpus.c.last_seen_at, gpus.c.draining, gpus.c.active_requests)
                 rows = (await db.execute(select(*columns, *state).where(recent))).all()
                 offered = (await db.execute(has)).all()
             loaded: dict[str, dict[str, bool]] = {row.id: {} for row in rows}
             for offer in offered:
                 if offer.gpu_id in loaded:
                     loaded[offer.gpu_id][offer.model_id] = offer.loaded
-            self._listed = {row[0]: Listed(Endpoint(*row[:6]), *row[6:], loaded[row[0]]) for row in rows}
+            self._listed = {}
+            for row in rows:
+                state_of = (row.enrolled_at, row.last_seen_at, row.draining, row.active_requests)
+                self._listed[row.id] = Listed(Endpoint(*row[:7]), *state_of, loaded[row.id])
             self._offering = {}
             for gpu in self._listed.values():
                 for model in gpu.loaded:

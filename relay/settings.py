@@ -1,16 +1,19 @@
 """What the environment may say, read once. The only place of the relay that reads it.
 
-Also the two secrets that are made on first start. Knows nothing of what the settings are for.
+Also the secrets that are made on first start. Knows nothing of what the settings are for; what a relay refuses to start
+with is in safety.py.
 """
 
 import ipaddress
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import logs
 
@@ -18,6 +21,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ROOT = Path(__file__).parent.parent
 MIN_SECRET_CHARS = 16
+MIN_SECRET_KINDS = 6  # different characters; of 16 hex digits by chance, one in millions has fewer
+MAX_URL_CHARS = 400
 TUNNEL_SUFFIXES = (
     ".ngrok-free.app",
     ".ngrok-free.dev",
@@ -27,7 +32,6 @@ TUNNEL_SUFFIXES = (
     ".trycloudflare.com",
 )
 LOOPBACK = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1"))
-FOR_OTHERS = 0o007  # bits of a file's mode
 
 
 class BadSetting(Exception):
@@ -41,6 +45,14 @@ class Settings:
     trusted_proxies: tuple[Network, ...] = LOOPBACK
     data_dir: Path = Path("data/relay")
     database_url: str = ""  # empty: SQLite in the data folder
+    blobs_url: str = ""  # empty: a folder in the data folder
+    s3_endpoint: str = ""  # empty: AWS
+    s3_region: str = "us-east-1"
+    s3_access_key_id: str = ""  # empty, and so the secret: what the machine is given, such as an instance's role
+    s3_secret_access_key: str = ""
+    s3_allow_http: bool = False
+    s3_cache_bytes: int = 8 * 2**30
+    internal_url: str = ""  # empty: no other relay process can ask this one
     broker_url: str = ""  # empty: the relay hands jobs out itself
     admin_key: str | None = None
     enrol_token: str | None = None
@@ -131,6 +143,8 @@ def _switch(value: str) -> bool:
 def _secret(value: str) -> str:
     if len(value) < MIN_SECRET_CHARS or not value.isascii() or not value.isprintable() or " " in value:
         raise ValueError(f"use at least {MIN_SECRET_CHARS} ASCII characters without spaces")
+    if len(set(value)) < MIN_SECRET_KINDS:
+        raise ValueError("it repeats itself: make one by chance, such as by `openssl rand -hex 32`")
     return value
 
 
@@ -138,6 +152,48 @@ def _broker(value: str) -> str:
     if not value.startswith(("amqp://", "amqps://")):
         raise ValueError("use amqp://user:password@host/ or amqps://")
     return value
+
+
+def _database(value: str) -> str:
+    if not value.startswith(("sqlite+aiosqlite:///", "postgresql+asyncpg://")):
+        raise ValueError("use postgresql+asyncpg://user:password@host/name, or sqlite+aiosqlite:///path/to/relay.db")
+    return value
+
+
+def _bucket(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme != "s3" or not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", parts.netloc):
+        raise ValueError("use s3://bucket or s3://bucket/prefix")
+    if parts.query or parts.fragment or not re.fullmatch(r"[\w./-]*", parts.path, re.ASCII) or "//" in parts.path:
+        raise ValueError("a prefix has letters, digits, '.', '_', '-' and '/' only")
+    return value.rstrip("/")
+
+
+def _origin(shape: str, besides: str = "") -> Callable[[str], str]:
+    def read(value: str) -> str:
+        parts = urlsplit(value)
+        port = parts.port  # raises ValueError for what is none
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or port == 0:
+            raise ValueError(f"use {shape}")
+        if parts.path not in ("", "/") or parts.query or parts.fragment or len(value) > MAX_URL_CHARS:
+            raise ValueError(f"give scheme, host and port only{besides}")
+        return value.rstrip("/")
+
+    return read
+
+
+_endpoint = _origin("https://host or http://host:port, without a bucket", "; the bucket is in RELAY_BLOBS_URL")
+_internal = _origin("http://host:port, where other relay processes reach this one")
+
+
+def _word(value: str) -> str:
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("use ASCII characters without spaces")
+    return value
+
+
+def _credential(value: str) -> str:
+    return _word(value)
 
 
 def _suffixes(value: str) -> tuple[str, ...]:
@@ -173,6 +229,16 @@ class Setting:
     meaning: str
     parse: Callable[[str], Any]
 
+    @property
+    def is_door(self) -> bool:
+        """Whoever knows its value comes in by it."""
+        return self.parse is _secret
+
+    @property
+    def is_secret(self) -> bool:
+        """Or holds one: its value must not end up in a log."""
+        return self.parse in (_secret, _broker, _database, _credential)
+
 
 SETTINGS = (
     Setting("RELAY_HOST", "host", "127.0.0.1", "Address to listen on.", _text),
@@ -186,7 +252,55 @@ SETTINGS = (
     ),
     Setting("RELAY_DATA_DIR", "data_dir", "data/relay", "Folder of the database, the blobs and the two secrets.", Path),
     Setting(
-        "RELAY_DATABASE_URL", "database_url", "SQLite in the data folder", "SQLAlchemy URL with an async driver.", _text
+        "RELAY_DATABASE_URL",
+        "database_url",
+        "SQLite in the data folder",
+        "PostgreSQL, as `postgresql+asyncpg://user:password@host/name`: for several relay processes.",
+        _database,
+    ),
+    Setting(
+        "RELAY_BLOBS_URL",
+        "blobs_url",
+        "a folder in the data folder",
+        "A bucket that speaks S3, as `s3://bucket/prefix`, for files, models and checkpoints.",
+        _bucket,
+    ),
+    Setting(
+        "RELAY_S3_ENDPOINT",
+        "s3_endpoint",
+        "AWS, by the region",
+        "Where the bucket is, if not at AWS: `https://host` or `https://host:port`.",
+        _endpoint,
+    ),
+    Setting("RELAY_S3_REGION", "s3_region", "us-east-1", "The bucket's region.", _word),
+    Setting(
+        "RELAY_S3_ACCESS_KEY_ID",
+        "s3_access_key_id",
+        "the machine's own: an EC2 instance's or container's role",
+        "Who asks for the bucket.",
+        _credential,
+    ),
+    Setting("RELAY_S3_SECRET_ACCESS_KEY", "s3_secret_access_key", "the machine's own", "Its secret.", _credential),
+    Setting(
+        "RELAY_S3_ALLOW_HTTP",
+        "s3_allow_http",
+        "0",
+        "Allow an `http://` endpoint by name or at a public address: what passes can be read on its way.",
+        _switch,
+    ),
+    Setting(
+        "RELAY_S3_CACHE_BYTES",
+        "s3_cache_bytes",
+        "8589934592",
+        "Local disk for copies of what was sent to the bucket or read from it lately.",
+        _bytes_or_none,
+    ),
+    Setting(
+        "RELAY_INTERNAL_URL",
+        "internal_url",
+        "none: one process",
+        "With several relay processes on PostgreSQL: where the others reach this one, as `http://host:port`.",
+        _internal,
     ),
     Setting(
         "RELAY_BROKER_URL",
@@ -301,47 +415,48 @@ def from_env(environ: Mapping[str, str] = os.environ) -> Settings:
         try:
             values[setting.field] = setting.parse(text)
         except ValueError as exc:
-            # The value of a secret must not end up in a log.
-            shown = "is set" if setting.parse in (_secret, _broker) else f"is {text!r}"
+            shown = "is set" if setting.is_secret or setting.parse is _endpoint else f"is {text!r}"
             raise BadSetting(f"{setting.name} {shown}: {exc}") from exc
     settings = Settings(**values)
     if settings.lease_s < 2 * settings.heartbeat_s:
         raise BadSetting("RELAY_LEASE_S must be at least twice RELAY_HEARTBEAT_S, or one late heartbeat loses a job")
-    if settings.database.startswith("sqlite") and not settings.database.startswith("sqlite+aiosqlite:///"):
-        raise BadSetting("RELAY_DATABASE_URL needs an async driver: use sqlite+aiosqlite:///path/to/relay.db")
+    if settings.database.startswith("postgresql") and not find_spec("asyncpg"):
+        raise BadSetting(
+            "RELAY_DATABASE_URL names PostgreSQL and asyncpg is not installed: "
+            "pip install -r relay/requirements-postgresql.txt"
+        )
+    _check_bucket(settings)
     return settings
 
 
-def check_safe(settings: Settings) -> None:
-    """Before it listens. Raises BadSetting for what would open a door that nobody meant to open."""
-    if settings.broker_url and not find_spec("celery"):
+def _check_bucket(settings: Settings) -> None:
+    if not settings.blobs_url:
+        given = (settings.s3_endpoint, settings.s3_access_key_id, settings.s3_secret_access_key)
+        if any(given):
+            raise BadSetting(
+                "RELAY_S3_... is set and RELAY_BLOBS_URL is not: name the bucket, as s3://bucket/prefix, "
+                "or unset the others"
+            )
+        return
+    if bool(settings.s3_access_key_id) != bool(settings.s3_secret_access_key):
         raise BadSetting(
-            "RELAY_BROKER_URL is set and Celery is not installed: pip install -r relay/requirements-celery.txt"
+            "set both RELAY_S3_ACCESS_KEY_ID and RELAY_S3_SECRET_ACCESS_KEY, or neither where the machine has a role"
         )
-    if not _is_loopback(settings.host):
-        where = f"RELAY_HOST={settings.host} can be reached from other machines"
-        if settings.allow_loopback_gpus:
-            raise BadSetting(
-                f"{where}, and RELAY_ALLOW_LOOPBACK_GPUS is for one machine and its developer: unset one of the two"
-            )
-        if all(network.is_loopback for network in settings.trusted_proxies):
-            raise BadSetting(
-                f"{where}, and the relay speaks no TLS: leave 127.0.0.1 with nginx in front (docs/operations), "
-                "or name the addresses of the proxy that does in RELAY_TRUSTED_PROXIES"
-            )
-    for given, file in (
-        (settings.admin_key, settings.admin_key_file),
-        (settings.enrol_token, settings.enrol_token_file),
-    ):
-        if not given and file.exists() and file.stat().st_mode & FOR_OTHERS:
-            raise BadSetting(
-                f"{file} is open to every user of this machine: chmod 600 it, and make a new one if others were here"
-            )
+    endpoint = urlsplit(settings.s3_endpoint)
+    if endpoint.scheme == "http" and not settings.s3_allow_http and not _is_private(endpoint.hostname or ""):
+        raise BadSetting(
+            "RELAY_S3_ENDPOINT is http, so whoever is on the way reads and changes what passes: use https, or set "
+            "RELAY_S3_ALLOW_HTTP=1 where the network between is yours alone"
+        )
+    if not find_spec("obstore"):
+        raise BadSetting(
+            "RELAY_BLOBS_URL names a bucket and obstore is not installed: pip install -r relay/requirements-s3.txt"
+        )
 
 
-def _is_loopback(host: str) -> bool:
+def _is_private(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_private
     except ValueError:
         return host == "localhost"
 

@@ -48,6 +48,7 @@ class JobRequest(_Asked):
     hyperparameters: wire.Hyperparameters | None = None  # where the API had them before `method`
     layers: list[wire.LayerSpec] = Field(default=[wire.LayerSpec()], min_length=1, max_length=16)
     sample_prompts: list[wire.SamplePrompt] = Field(default=[], max_length=wire.MAX_SAMPLE_PROMPTS)
+    concept: wire.Concept | None = None  # ours: what pictures without captions show
     metadata: None = None  # these two are accepted when they say nothing
     integrations: None = None
 
@@ -130,6 +131,8 @@ def file(row: Row[Any]) -> dict[str, Any]:
         "status_details": None,
         "expires_at": None,
         "rows": row.rows,
+        "kind": row.kind,
+        "captioned": row.captioned,
     }
 
 
@@ -159,6 +162,7 @@ def job(row: Row[Any], waiting_for: Mapping[str, dict[str, str]] = NOTHING) -> d
         "integrations": [],
         "layers": row.layers,
         "sample_prompts": row.sample_prompts or [],
+        "concept": row.concept,
         "base_model": row.base_model,
         "gpu": row.last_gpu_id,
         "attempts": row.attempts,

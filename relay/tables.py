@@ -137,6 +137,23 @@ gpus = Table(
     Column("enrolled_at", Float, nullable=False),
     Column("last_seen_at", Float, nullable=False),
     Column("enrol_token", String(40)),  # the id of the one that it came with; null: the fixed one
+    Column("relay_id", String(40)),  # the process that holds the socket by which it dialled in, where there are several
+)
+
+relays = Table(
+    "relays",  # processes that live, where there may be several, or workers beside (peers.py)
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("url", String(500)),  # where the others ask it; null: they can't
+    Column("secret", String(64), nullable=False),  # what they ask is signed with
+    Column("seen_at", Float, nullable=False),
+    Column("since", Float, nullable=False),  # it has been seen all the while
+)
+
+folders = Table(
+    "folders",  # the one data folder that belongs to this database (folder.py)
+    metadata,
+    Column("id", String(40), primary_key=True),
 )
 
 base_models = Table(
@@ -168,6 +185,9 @@ files = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("rows", Integer, nullable=False),
+    Column("kind", String(12), nullable=False, default="text", server_default="text"),  # or pictures
+    Column("captioned", Integer),  # of pictures: how many, which is all of them or none
+    Column("report", JSON),  # of pictures, as found at upload: they never change
     Column("created_at", Float, nullable=False),
     Index("files_by_owner", "owner", "created_at"),
     Index("files_by_blob", "sha256"),
@@ -221,16 +241,22 @@ webhook_deliveries = Table(
 #
 # A lease (gpu_id, gpu_epoch, lease_until, leased_at) exists in LEASED states and in no other.
 # Checkpoints exist while it is OPEN, and for a week after its training has diverged.
+#
+# A batch goes the same ways, but for the diverged one, and one more: what is OPEN -> failed when its window is over. It
+# is OPEN or its rows are all answered, or it ended before; once it has ended, its two files are written (files_at).
 Status = Literal["queued", "leased", "running", "finalizing", "paused", "succeeded", "failed", "cancelled"]
 STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 LEASED: Final[tuple[Status, ...]] = ("leased", "running", "finalizing")
 OPEN: Final[tuple[Status, ...]] = ("queued", *LEASED, "paused")
+
+Kind = Literal["fine-tune", "batch"]
 
 jobs = Table(
     "jobs",
     metadata,
     Column("id", String(40), primary_key=True),
     Column("owner", ForeignKey("users.id"), nullable=False),
+    Column("kind", String(12), nullable=False, default="fine-tune", server_default="fine-tune"),
     Column("status", String(20), nullable=False),
     Column("base_model", ForeignKey("base_models.id"), nullable=False),
     Column("suffix", String(64)),
@@ -242,6 +268,7 @@ jobs = Table(
     Column("training_blob", JSON, nullable=False),  # wire.FileRef: a job goes on when its file is deleted
     Column("validation_blob", JSON),
     Column("sample_prompts", JSON),  # list of texts
+    Column("concept", JSON),  # wire.Concept, of pictures without captions
     Column("continue_from", JSON),  # wire.TunedModel: a job goes on when the model that it began at is deleted
     Column("behind", Integer, nullable=False, default=0, server_default="0"),  # its priority, negated: for the index
     Column("rate_factor", Float, nullable=False, default=1.0, server_default="1"),  # of the learning rate, once resumed
@@ -256,13 +283,15 @@ jobs = Table(
     Column("leased_at", Float),  # what its owner paid for and did not use is given back
     Column("last_gpu_id", String(40)),  # where it ran last, for the record and to try another first
     Column("attempts", Integer, nullable=False, default=0),  # leases lost in a row without a new checkpoint
-    Column("saved_step", Integer, nullable=False, default=0, server_default="0"),  # of the newest checkpoint
+    Column(
+        "saved_step", Integer, nullable=False, default=0, server_default="0"
+    ),  # of the newest checkpoint; of a batch, the rows that are answered
     Column("lost_step", Integer, nullable=False, default=0, server_default="0"),  # saved_step when a gpu was lost last
     Column("pause_asked_at", Float),  # its owner waits for the gpu to give the job back
     Column(
         "reserved_bytes", BigInteger, nullable=False, default=0, server_default="0"
     ),  # of its owner's quota, while it is OPEN
-    Column("estimated_s", Float),  # of gpu time, as the gpu saw it
+    Column("estimated_s", Float),  # of gpu time, as the gpu saw it; of pictures, by their number until then
     Column("needed_bytes", BigInteger),  # of gpu memory, as a gpu found that has less; null: none has
     Column("result", JSON),  # wire.JobResult as received: the same one again is no conflict
     Column("error", JSON),  # code, message, param
@@ -283,6 +312,41 @@ checkpoints = Table(
     Column("validation_loss", Float),
     Column("bytes", BigInteger, nullable=False),
     Column("manifest", JSON, nullable=False),  # wire.Checkpoint
+    Column("created_at", Float, nullable=False),
+)
+
+batches = Table(
+    "batches",  # what a job has more that is a batch
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("endpoint", String(40), nullable=False),
+    Column("model", String(400), nullable=False),  # of all rows, as they name it
+    Column("completion_window", String(10), nullable=False),  # as asked for: 24h
+    Column("metadata", JSON),  # its owner's own words
+    Column("total", Integer, nullable=False),  # rows
+    Column("completed", Integer, nullable=False, default=0),
+    Column("failed", Integer, nullable=False, default=0),
+    Column("prompt_tokens", BigInteger, nullable=False, default=0),
+    Column("cached_tokens", BigInteger, nullable=False, default=0),  # of those
+    Column("completion_tokens", BigInteger, nullable=False, default=0),
+    Column("done", JSON, nullable=False),  # which rows are answered: [[first, last], ...]
+    Column("in_progress_at", Float),  # a gpu got it first
+    Column("expires_at", Float, nullable=False),
+    Column("expired", Boolean, nullable=False, default=False, server_default=false()),
+    Column("files_at", Float),  # its files were written, after its end; null: they still have to be
+    Column("output_file", String(40)),
+    Column("error_file", String(40)),
+    Index("batches_without_files", "files_at", "expires_at"),
+)
+
+batch_parts = Table(
+    "batch_parts",  # answers as they came, until the files are written
+    metadata,
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("sha256", String(64), primary_key=True),
+    Column("fence", Integer, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
 )
 

@@ -5,13 +5,18 @@ Nothing is trusted that is read. Knows no model. https://huggingface.co/docs/saf
 
 import json
 import struct
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import IO, Any, Literal
 
 MAX_HEADER_BYTES = 16 * 2**20
 ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}  # what an adapter may be kept in
+NUMBER_BYTES: Mapping[str, int] = {"I64": 8, "I32": 4}  # what a lone number may be besides: an alpha that was counted
+CODES: Mapping[str, str] = {"F16": "e", "F32": "f", "F64": "d", "I32": "i", "I64": "q"}  # as struct has them
+AT_ONCE = 2**16  # items that are looked at without letting another thread in
+F16_NOT_FINITE = bytes(high for high in range(256) if high & 0x7C == 0x7C)  # of its two bytes
 CAST: Mapping[int, Literal["H", "I", "Q"]] = {2: "H", 4: "I", 8: "Q"}  # items of so many bytes, as memoryview has them
 
 
@@ -38,7 +43,7 @@ class Piece:
     data: bytes
 
     def __post_init__(self) -> None:
-        assert len(self.data) == prod(self.shape) * ITEM_BYTES[self.dtype]
+        assert len(self.data) == prod(self.shape) * _item_bytes(self.dtype, self.shape)
 
     @property
     def transposed(self) -> "Piece":
@@ -47,10 +52,38 @@ class Piece:
         items = memoryview(self.data).cast(CAST[ITEM_BYTES[self.dtype]])
         return Piece(self.dtype, (columns, rows), b"".join(items[i::columns].tobytes() for i in range(columns)))
 
+    @property
+    def finite(self) -> bool:
+        """No number of it is infinite or none at all."""
+        if self.dtype in NUMBER_BYTES:
+            return True
+        if self.dtype == "F64":
+            return all(map(isfinite, array("d", self.data)))
+        step = AT_ONCE * ITEM_BYTES[self.dtype]
+        return all(_finite(self.dtype, self.data[at : at + step]) for at in range(0, len(self.data), step))
+
+    @property
+    def number(self) -> float:
+        """Of a tensor that has one."""
+        if self.dtype == "BF16":  # the upper half of an F32
+            return float(struct.unpack("<f", bytes(2) + self.data)[0])
+        return float(struct.unpack(f"<{CODES[self.dtype]}", self.data)[0])
+
     def rows(self, start: int, stop: int) -> "Piece":
         """Some of the first dimension."""
         row_bytes = len(self.data) // self.shape[0]
         return Piece(self.dtype, (stop - start, *self.shape[1:]), self.data[start * row_bytes : stop * row_bytes])
+
+
+def _finite(dtype: str, data: bytes) -> bool:
+    """Numbers of 32 bits can't overflow a sum of 64, and what is not finite stays so in it."""
+    if dtype == "F16":
+        return len(data[1::2].translate(None, F16_NOT_FINITE)) == len(data) // 2
+    if dtype == "BF16":
+        whole = bytearray(2 * len(data))
+        whole[2::4], whole[3::4] = data[::2], data[1::2]
+        data = bytes(whole)
+    return isfinite(sum(array("f", data)))
 
 
 class TensorFile:
@@ -66,6 +99,7 @@ class TensorFile:
             raise NotTensors("it has no header of a safetensors file")
         try:
             header = json.loads(file.read(header_bytes))
+            self.metadata = _metadata(header)
             self.places = dict(_places(header, 8 + header_bytes))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
             raise exc if isinstance(exc, NotTensors) else NotTensors("its header is malformed") from exc
@@ -83,16 +117,26 @@ class TensorFile:
         return Piece(place.dtype, place.shape, self._file.read(place.bytes))
 
 
+def _metadata(header: Any) -> dict[str, str]:
+    """What its writer noted."""
+    found = header.get("__metadata__", {})
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def _item_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return (ITEM_BYTES if shape else {**NUMBER_BYTES, **ITEM_BYTES})[dtype]
+
+
 def _places(header: Any, base: int) -> Iterator[tuple[str, Place]]:
     for name, told in header.items():
         if name == "__metadata__":
             continue
         dtype, shape, (start, end) = told["dtype"], told["shape"], told["data_offsets"]
-        if dtype not in ITEM_BYTES:
+        if dtype not in ITEM_BYTES and not (shape == [] and dtype in NUMBER_BYTES):
             raise NotTensors(f"{name[:200]} is of type {str(dtype)[:20]}: {', '.join(ITEM_BYTES)} can be used")
         if not all(type(n) is int and 0 <= n < 2**40 for n in [*shape, start, end]):
             raise NotTensors(f"the place of {name[:200]} is malformed")
-        if end - start != prod(shape) * ITEM_BYTES[dtype] or not shape:
+        if end - start != prod(shape) * _item_bytes(dtype, tuple(shape)):
             raise NotTensors(f"{name[:200]} has not the bytes of its shape")
         yield name, Place(dtype, tuple(shape), base + start, end - start)
 
@@ -106,9 +150,11 @@ class Shaped:
     read: Callable[[], Piece]
 
 
-def write(put: Callable[[bytes], object], tensors: Mapping[str, Shaped]) -> None:
+def write(
+    put: Callable[[bytes], object], tensors: Mapping[str, Shaped], metadata: Mapping[str, str] | None = None
+) -> None:
     """A whole file, piece by piece; one tensor is held at a time."""
-    at, header = 0, dict[str, Any]({"__metadata__": {"format": "pt"}})
+    at, header = 0, dict[str, Any]({"__metadata__": dict(metadata or {"format": "pt"})})
     for name, tensor in tensors.items():
         end = at + prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, end]}

@@ -45,6 +45,7 @@ class Endpoint:
     tunnel: str  # its kind: `relay` means that the gpu dialled in
     url: str | None  # without a slash at the end; None: it has none of its own
     signing_key: str
+    relay_id: str | None = None  # where several relay processes are: the one that it dialled in to
 
 
 class Answer(Protocol):
@@ -224,10 +225,12 @@ class TunnelTransport:
 class ByTunnel:
     """Each gpu by the way that its kind of tunnel asks for."""
 
-    def __init__(self, http: Transport, dialled: Transport) -> None:
-        self._http, self._dialled = http, dialled
+    def __init__(self, http: Transport, dialled: Transport, hop: Transport, relay_id: str | None) -> None:
+        """`hop`: through another relay process, to which the gpu dialled in. `relay_id`: this one."""
+        self._http, self._dialled, self._hop, self._relay_id = http, dialled, hop, relay_id
 
     async def request(self, to: Endpoint, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Raises TransportFailed."""
-        transport = self._dialled if to.tunnel == wire.DIALLED else self._http
+        here = to.relay_id in (None, self._relay_id)
+        transport = self._http if to.tunnel != wire.DIALLED else self._dialled if here else self._hop
         return await transport.request(to, method, target, headers, body)

@@ -37,13 +37,12 @@ class Uploads:
 
     async def promise(self, by: wire.SignedBy, job_id: str, fence: int, part: Part, sha256: str) -> int | None:
         """The bytes of a blob that is here and need not be sent; None if it must be. Raises LeaseLost."""
-        if self._blobs.size_bytes(sha256) is None:
+        if await self._blobs.size_bytes(sha256) is None:
             await self._leases.check_lease(by, job_id, fence)
             return None
         async with self._store.write() as db:
             job = await self._leases.held(db, by, job_id, fence)
-            await refs.hold(db)
-            size_bytes = self._blobs.size_bytes(sha256)
+            size_bytes = await self._blobs.size_bytes(sha256)
             if size_bytes is None or size_bytes > (await self._room.for_job(db, job, sha256, size_bytes)).bytes:
                 return None  # past what was set aside: the upload says so
             await refs.name(db, part, job_id, job.owner, {sha256: size_bytes})
@@ -73,12 +72,12 @@ class Uploads:
             await incoming.finish()
             if incoming.sha256 != upload.sha256:
                 raise errors.InvalidRequest("the blob was damaged on its way: send it again", code="blob_damaged")
+            await self._blobs.send(incoming)
             async with self._store.write() as db:
                 job = await self._leases.held(db, by, job_id, fence)
                 bound = await self._room.for_job(db, job, upload.sha256, upload.most_bytes)
                 if incoming.bytes > bound.bytes:  # others have come meanwhile
                     raise bound.past
-                await refs.hold(db)
                 await self._blobs.keep(incoming)
                 await refs.name(db, upload.part, job_id, job.owner, {upload.sha256: incoming.bytes})
             return incoming.bytes

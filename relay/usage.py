@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,6 +31,15 @@ MOST_KNOWN = 10_000
 OPENING_EVENTS = 1  # of an answer, without text
 
 
+class Limited(Protocol):
+    """What a key may use, be it of an account or of a row."""
+
+    @property
+    def tokens_per_month(self) -> int | None: ...
+    @property
+    def spend_per_month(self) -> float | None: ...
+
+
 @dataclass(frozen=True)
 class Prices:
     """In whatever money the relay's owner thinks in."""
@@ -39,6 +49,15 @@ class Prices:
 
     def of(self, used: Used) -> float:
         return used.tokens / 1e6 * self.per_million_tokens + used.gpu_s / 3600 * self.per_gpu_hour
+
+    def spent(self, limits: Limited, used: Used) -> str | None:
+        """Why a key's month is spent; None: it is not."""
+        tokens, spend = limits.tokens_per_month, limits.spend_per_month
+        if tokens is not None and used.tokens >= tokens:
+            return f"this key may use {tokens:,} tokens a month and has used {used.tokens:,}"
+        if spend is not None and (spent := self.of(used)) >= spend:
+            return f"this key may spend {spend:,.2f} a month and has spent {spent:,.2f}"
+        return None
 
 
 class Usage:
@@ -58,15 +77,10 @@ class Usage:
 
     async def check(self, user: User) -> None:
         """Raises LimitSpent where the key's month is spent."""
-        tokens, spend = user.rules.tokens_per_month, user.rules.spend_per_month
-        if tokens is None and spend is None:
+        if user.rules.tokens_per_month is None and user.rules.spend_per_month is None:
             return
-        used = await self._used_by(user)
-        if tokens is not None and used.tokens >= tokens:
-            why = f"this key may use {tokens:,} tokens a month and has used {used.tokens:,}"
-        elif spend is not None and (spent := self.prices.of(used)) >= spend:
-            why = f"this key may spend {spend:,.2f} a month and has spent {spent:,.2f}"
-        else:
+        why = self.prices.spent(user.rules, await self._used_by(user))
+        if why is None:
             return
         left_s = month_ends(self._clock()) - self._clock()
         raise errors.LimitSpent(f"{why}: a new month begins in {left_s / 86400:.1f} days; or use another key", left_s)
@@ -106,7 +120,7 @@ class Usage:
                     for (of, user_id, key_id), used in noted.items():
                         if user_id in known:  # else deleted meanwhile
                             await add(db, of, user_id, key_id, used)
-            except (SQLAlchemyError, errors.DatabaseBusy):
+            except (SQLAlchemyError, errors.Unavailable):
                 log.exception("what was used could not be written; it is tried again")
                 return
             for at, used in noted.items():

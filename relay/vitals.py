@@ -1,6 +1,6 @@
 """What /metrics has to ask: jobs in the database, gpus, lines, disk. Looked at when somebody reads, not in between.
 
-One look serves all who read within LOOK_EVERY_S. Blobs are added up once in ADD_UP_EVERY_S, for that walks the disk.
+One look serves all who read within LOOK_EVERY_S. Blobs are added up once in ADD_UP_EVERY_S, for that looks at each.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 
+from relay import errors
 from relay.blobs import Blobs
 from relay.gpus import Gpus
 from relay.metrics import Metrics
@@ -52,18 +53,17 @@ class Vitals:
         self._metrics.set_states("gpus", gpus)
         self._metrics.set_states("breakers", breakers)
         self._metrics.set_states("waiting", {line: waiting() for line, waiting in self._waiting.items()})
-        with contextlib.suppress(SQLAlchemyError):  # the rest is wanted all the more; /readyz says what is wrong
+        with contextlib.suppress(
+            SQLAlchemyError, errors.Unavailable
+        ):  # the rest is wanted all the more; /readyz says what is wrong
             self._metrics.set_states("jobs", await self._jobs())
-        await asyncio.to_thread(self._disk)
+        with contextlib.suppress(OSError, errors.Unavailable):
+            self._metrics.set_bytes("disk_free", shutil.disk_usage(self._settings.data_dir).free)
+            if time.monotonic() - self._added_up_at >= ADD_UP_EVERY_S:
+                self._metrics.set_bytes("blobs", await self._blobs.total_bytes())
+                self._added_up_at = time.monotonic()
 
     async def _jobs(self) -> dict[str, int]:
         async with self._store.read() as db:
             rows = await db.execute(select(jobs.c.status, func.count().label("n")).group_by(jobs.c.status))
         return {**dict.fromkeys(STATUSES, 0), **{row.status: row.n for row in rows}}
-
-    def _disk(self) -> None:
-        with contextlib.suppress(OSError):
-            self._metrics.set_bytes("disk_free", shutil.disk_usage(self._settings.data_dir).free)
-            if time.monotonic() - self._added_up_at >= ADD_UP_EVERY_S:
-                self._metrics.set_bytes("blobs", self._blobs.total_bytes())
-                self._added_up_at = time.monotonic()

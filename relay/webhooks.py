@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from relay import errors
 from relay.audit import By, note
 from relay.outbox import SECRET_PREFIX
-from relay.store import Clock, Store
+from relay.store import Clock, Store, one_page
 from relay.tables import webhook_deliveries as deliveries
 from relay.tables import webhooks
 from relay.transport import is_loopback, is_public
@@ -45,15 +45,9 @@ class Webhooks:
 
     async def page(self, owner: str, after: str | None, limit: int) -> tuple[Sequence[Row[Any]], bool]:
         """The newest first, and whether there are more. Raises NotFound for an `after` that is not theirs."""
-        query = select(webhooks).where(webhooks.c.owner == owner)
         async with self._store.read() as db:
-            if after is not None:
-                last = await _of(db, owner, after)
-                older = (webhooks.c.created_at == last.created_at) & (webhooks.c.id < last.id)
-                query = query.where((webhooks.c.created_at < last.created_at) | older)
-            query = query.order_by(webhooks.c.created_at.desc(), webhooks.c.id.desc()).limit(limit + 1)
-            rows = (await db.execute(query)).all()
-        return rows[:limit], len(rows) > limit
+            last = await _of(db, owner, after) if after is not None else None
+            return await one_page(db, select(webhooks).where(webhooks.c.owner == owner), webhooks, last, limit)
 
     async def get(self, owner: str, hook_id: str) -> Row[Any]:
         """Raises NotFound."""

@@ -132,7 +132,7 @@ def test_weight_zero_leaves_a_turn_out(tmp_path: Path) -> None:
 def test_the_report_counts_every_error_and_shows_the_first_by_line(tmp_path: Path) -> None:
     report = dataset.check(write(tmp_path, CHAT, *[b"?"] * 30, {"text": ""}))
     assert (report.rows, dict(report.counts), report.ok) == (1, {"not_json": 30, "bad_text": 1}, False)
-    assert [e.line for e in report.errors] == [*range(2, 2 + dataset.SHOWN_ERRORS), 32]
+    assert [e.line for e in report.errors] == [*range(2, 2 + datafile.SHOWN_ERRORS), 32]
     assert report.summary().startswith("31 of 32 lines can't be used (30 not_json, 1 bad_text): line 2: not JSON")
     assert "; line 5: not JSON" in report.summary()
     assert "; line 32: " in report.summary()

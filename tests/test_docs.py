@@ -51,7 +51,13 @@ def test_both_readmes_have_the_same_commands(name: str) -> None:
 
 
 def test_the_readme_gives_a_reason_for_each_dependency() -> None:
-    files = ["requirements.txt", "relay/requirements.txt", "gpu_service/requirements.txt", "demo/requirements.txt"]
+    files = [
+        "requirements.txt",
+        "relay/requirements.txt",
+        "relay/requirements-pictures.txt",
+        "gpu_service/requirements.txt",
+        "demo/requirements.txt",
+    ]
     lines = "\n".join(text(name) for name in files)
     for package in set(re.findall(r"^([A-Za-z0-9_-]+)[=<>]", lines, re.MULTILINE)):
         for readme in ("README.md", "README.ko.md"):

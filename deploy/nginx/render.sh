@@ -6,6 +6,7 @@ set -eu
 
 domain=${DOMAIN:-}
 relays=${RELAYS:-127.0.0.1:8000} # with spaces between
+flower=${FLOWER:-}               # host:port of Flower; empty: nobody sees it from outside
 addresses=${ADDRESSES:-}         # to listen on; empty: all
 http_port=${HTTP_PORT:-80}
 https_port=${HTTPS_PORT:-443}
@@ -20,10 +21,12 @@ check() { # NAME VALUE PATTERN
     printf '%s\n' "$2" | grep -Eqx -- "$3" || die "$1 is '$2': $4"
 }
 label='[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
+place='[A-Za-z0-9._-]+:[0-9]+|\[[0-9a-f:]+\]:[0-9]+'
 check DOMAIN "$domain" "($label\\.)*$label" 'give the name that people type, such as fine.example'
 for relay in $relays; do
-    check RELAYS "$relay" '[A-Za-z0-9._-]+:[0-9]+|\[[0-9a-f:]+\]:[0-9]+' 'give host:port, with spaces between'
+    check RELAYS "$relay" "$place" 'give host:port, with spaces between'
 done
+[ -z "$flower" ] || check FLOWER "$flower" "$place" 'give host:port, or nothing'
 for number in "$http_port" "$https_port" "${RELAY_MAX_BODY_BYTES:=8388608}" \
     "${RELAY_MAX_UPLOAD_BYTES:=536870912}" "${RELAY_MAX_ADAPTER_BYTES:=17179869184}"; do
     check 'a port or a number of bytes' "$number" '[0-9]+' 'give a whole number'
@@ -51,6 +54,7 @@ servers() {
         printf '        server %s max_fails=1 fail_timeout=5s;\n' "$relay"
     done
 }
+with_flower() { [ -z "$flower" ] || cat "$(dirname "$0")/flower.conf"; }
 suffix=''
 [ "$https_port" = 443 ] || suffix=:$https_port
 
@@ -59,7 +63,7 @@ DOMAIN=$domain HTTPS_SUFFIX=$suffix ACME_ROOT=$ACME_ROOT STATE=$STATE PID=$PID E
     HTTP=$(listen "$http_port" '') HTTP_DEFAULT=$(listen "$http_port" ' default_server') \
     HTTPS=$(listen "$https_port" ' ssl http2') HTTPS_DEFAULT=$(listen "$https_port" ' ssl http2 default_server') \
     RELAYS=$(servers) MAX_BODY=$RELAY_MAX_BODY_BYTES MAX_UPLOAD=$((RELAY_MAX_UPLOAD_BYTES + form_bytes)) \
-    MAX_ADAPTER=$RELAY_MAX_ADAPTER_BYTES \
+    MAX_ADAPTER=$RELAY_MAX_ADAPTER_BYTES FLOWER=$(with_flower) FLOWER_AT=$flower \
     awk '{
         while (match($0, /@[A-Z_]+@/)) {
             name = substr($0, RSTART + 1, RLENGTH - 2)

@@ -13,6 +13,9 @@ from playwright.sync_api import TimeoutError as TooLate
 from tests.conftest import ROOT
 from tests.end_to_end.stack import Relay
 
+# What fades, and what is dimmed until something newer has come, has another contrast.
+SETTLED = """() => !document.querySelector('[data-stale="true"]') && document.getAnimations().every(
+    each => each.playState !== 'running' || each.effect.getComputedTiming().iterations === Infinity)"""
 AXE = ROOT / "web/node_modules/axe-core/axe.min.js"
 WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}
 LANGUAGES = {"ko": "ko-KR", "en": "en-US"}
@@ -73,6 +76,7 @@ class Visit:
     def look(self, picture: Path) -> None:
         """A picture for people, and what a machine can judge."""
         self.page.wait_for_timeout(350)  # transitions
+        self.page.wait_for_function(SETTLED)
         self.page.screenshot(path=picture)
         found = self.page.evaluate(AXE.read_text() + "; axe.run()")
         faults = [

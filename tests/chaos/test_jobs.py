@@ -172,7 +172,7 @@ async def said_late(world: World, name: str, method: str, target: str, body: byt
 
 
 KILLS = 10
-EPOCHS_OF_KILLED = 20  # 400 steps
+EPOCHS_OF_KILLED = 50  # 1,000 steps: on a busy machine a lease takes forty before it is killed
 
 
 @pytest.mark.long
@@ -366,7 +366,7 @@ async def test_a_training_gpu_hears_of_a_cancel_and_takes_the_next_job(world: Wo
     assert (await world.openai.fine_tuning.jobs.cancel(long)).status == "cancelled"
     assert (await until_status(world, waiting, *OVER)).status == "succeeded"
     ended_once(world, waiting)
-    assert not [path for path in (gpu.folder / "data/jobs").iterdir() if long in path.name], "nothing half stays"
+    await world.eventually(lambda: not list((gpu.folder / "data/jobs").iterdir()))  # nothing half stays
 
 
 async def test_a_modest_users_job_is_not_behind_all_of_a_greedy_ones(world: World) -> None:

@@ -22,6 +22,7 @@ def clone(tmp_path: Path) -> Path:
     for name in ("relay", "gpu_service", "demo"):
         (folder / name).mkdir(parents=True)
         (folder / name / "requirements.txt").write_text("")
+    (folder / "relay" / "requirements-pictures.txt").write_text("")
     (folder / "demo" / "requirements.txt").write_text("tinymodel==1.0\n")
     (folder / "requirements.txt").write_text("-r relay/requirements.txt\ntorch==1.0\n")
     (folder / "requirements-dev.txt").write_text("-r requirements.txt\ntinytool==1.0\n")

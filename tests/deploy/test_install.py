@@ -40,6 +40,14 @@ def test_again_it_changes_nothing(machine: Machine) -> None:
     assert not list((machine.root / "var/backups/imfine").iterdir())
 
 
+def test_again_it_puts_the_certificate_back_where_that_was_lost(machine: Machine) -> None:
+    fetched = (machine.etc / "tls/fullchain.pem").read_bytes()
+    for file in (machine.etc / "tls").iterdir():
+        file.unlink()
+    machine.install()
+    assert (machine.etc / "tls/fullchain.pem").read_bytes() == fetched
+
+
 def test_another_version_comes_after_a_backup_and_keeps_everything(machine: Machine, tmp_path: Path) -> None:
     before, key = (machine.root / "opt/imfine/current").resolve(), machine.secret("admin.key")
     source = tmp_path / "later"

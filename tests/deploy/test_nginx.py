@@ -93,6 +93,7 @@ def test_its_limits_are_the_relays(tmp_path: Path) -> None:
         ("DOMAIN", "a; b"),
         ("DOMAIN", "a\nb"),
         ("RELAYS", "localhost"),
+        ("FLOWER", "127.0.0.1:5555; deny all"),
         ("TLS_DIR", "/a;b"),
         ("HTTPS_PORT", "x"),
     ],
@@ -117,6 +118,22 @@ async def test_http_leads_to_https_except_for_the_proof_of_the_domain(nginx: Ngi
     assert shown == f"308 {nginx.url}/v1/models?a=b"
     missing = await nginx.curl("-o", "/dev/null", "-w", "%{http_code}", f"{base}/.well-known/acme-challenge/no")
     assert missing == "404"
+
+
+async def test_what_relays_ask_each_other_is_not_to_be_had_from_outside(
+    nginx: Nginx, caller: httpx2.AsyncClient
+) -> None:
+    for path in ("/peer/gpus/gpu-1/1", "/peer/generations/gen-1"):
+        response = await caller.post(path, content=b"")
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "no_such_route"
+
+
+async def test_without_flower_its_path_is_the_relays_to_refuse(caller: httpx2.AsyncClient) -> None:
+    for path in ("/flower", "/flower/", "/flower/metrics"):
+        response = await caller.get(path)
+        assert response.status_code == 404
+        assert "x-request-id" in response.headers, "the relay has answered"
 
 
 async def test_another_name_gets_no_answer(nginx: Nginx) -> None:

@@ -1,9 +1,13 @@
 """The commands of docs/operations, as they stand there, on a machine that was installed."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from gpu_service import settings as gpu_settings
+from relay.settings import SETTINGS
 from tests.conftest import ROOT
 from tests.deploy.machine import Machine
 
@@ -32,10 +36,21 @@ def test_the_install_command_is_the_one_that_is_tested() -> None:
     assert block("install.md", "install.sh") == written  # installing and upgrading alike
 
 
+def test_every_secret_has_its_line_in_the_table(tmp_path: Path) -> None:
+    command = ["sh", str(ROOT / "deploy/secrets.sh"), str(tmp_path / "relay.env"), "/data/relay", "production"]
+    subprocess.run(command, check=True)
+    made = {line.split("=")[0] for file in tmp_path.iterdir() for line in file.read_text().splitlines()}
+    of_gpus = {name for name in gpu_settings.TABLE if re.search("KEY|TOKEN", name)} - {"GPU_ENROL_TOKEN"}  # the relay's
+    secrets = {setting.name for setting in SETTINGS if setting.is_secret} | (made - {"RELAY_DATA_DIR"}) | of_gpus
+    rows = re.findall(r"^\| (.+?) \|", (DOCS / "secrets.md").read_text(), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`([A-Z0-9_]+)`", row)}
+    assert told == secrets
+
+
 def test_the_relays_own_secrets_are_changed(machine: Machine) -> None:
     names = ("admin.key", "enrol.token")
     before, settings = {name: machine.secret(name) for name in names}, (machine.etc / "relay.env").read_text()
-    machine.sh(block("secrets.md", "secrets.sh"))
+    machine.sh(block("secrets.md", "/etc/imfine/relay.env"))
     machine.until_ready()
     after = {name: machine.secret(name) for name in names}
     assert all(before[name] != after[name] for name in names)

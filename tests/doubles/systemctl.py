@@ -1,7 +1,7 @@
 """systemctl without systemd: does what the installed units say, under the folder that DOUBLE_ROOT names.
 
-Knows simple and forking services, EnvironmentFile, StateDirectory and drop-ins: what ours use. `close` is our own word:
-everything ends.
+Knows simple, oneshot and forking services, Environment, EnvironmentFile, StateDirectory and drop-ins: what ours use.
+`close` is our own word: everything ends.
 """
 
 import os
@@ -30,6 +30,7 @@ def values(unit: str) -> dict[str, str]:
 
 def environment(unit: dict[str, str]) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RELAY_")}
+    clean |= dict([unit["Environment"].split("=", 1)] if "Environment" in unit else [])
     if file := unit.get("EnvironmentFile"):
         clean |= dict(line.split("=", 1) for line in Path(file).read_text().splitlines() if "=" in line)
     return clean
@@ -59,6 +60,9 @@ def start(name: str) -> None:
     command = shlex.split(unit["ExecStart"])
     if "daemon on;" in unit["ExecStart"]:
         subprocess.run(command, check=True)  # it writes its own pid
+        return
+    if unit.get("Type") == "oneshot":
+        subprocess.run(command, cwd=unit["WorkingDirectory"], env=environment(unit), check=True)
         return
     with (RUN / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(

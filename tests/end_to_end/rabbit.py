@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ START_S = 120.0
 
 
 class Rabbit:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: str) -> None:
+        """`settings` are RABBITMQ_... variables. `env` is for programs that are to find it."""
         if not Path(SERVER).exists():
             message = "rabbitmq-server is not installed"
             pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
@@ -41,7 +44,8 @@ class Rabbit:
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RABBITMQ_")}
-        self._env = kept | {name: str(value) for name, value in own.items()}
+        self.env = {name: str(value) for name, value in own.items()} | settings
+        self._env = kept | self.env
 
     def start(self) -> None:
         with (self._folder / "out").open("ab") as out:
@@ -66,6 +70,16 @@ class Rabbit:
         assert self.process
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(60)
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """As with a disk or a machine that hangs: connections stay, and nothing is answered."""
+        assert self.process
+        os.killpg(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.process.pid, signal.SIGCONT)
 
     def close(self) -> None:
         if self.process and self.process.poll() is None:

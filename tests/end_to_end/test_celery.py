@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,22 +16,13 @@ import pytest
 import wire
 from tests.end_to_end.rabbit import Rabbit
 from tests.end_to_end.stack import Relay, Service, free_port, running
+from tests.postgres import Postgres
 from tests.relay.double_gpu import BASE, DoubleGpu, held
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 COUNT = count()
 ROW = b'{"prompt": "2 + 2 =", "completion": " 4"}\n'
-
-
-@pytest.fixture(scope="module")
-def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rabbit]:
-    rabbit = Rabbit(tmp_path_factory.mktemp("rabbit"))
-    try:
-        rabbit.start()
-        yield rabbit
-    finally:
-        rabbit.close()
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +99,24 @@ async def test_a_job_waits_for_a_worker_and_is_given_once(relay: Relay) -> None:
     assert job(relay, job_id)["attempts"] == 0, "none was in vain"
 
 
+async def test_workers_hand_out_what_is_in_postgresql_too(rabbit: Rabbit, tmp_path: Path) -> None:
+    server = Postgres(port=free_port())
+    try:
+        server.start()
+        server.make_template()
+        url = server.url(server.new(), tcp=True)
+        relay = Relay(tmp_path / "relay", RELAY_BROKER_URL=rabbit.url, RELAY_DATABASE_URL=url)
+        with running(relay):
+            async with enrolled(relay) as gpu:
+                job_id = await asyncio.to_thread(start_job, relay)
+                with working(relay):
+                    grant = await gpu.next_grant()
+                    assert grant.job.job_id == job_id
+                    await finished(relay, gpu, grant)
+    finally:
+        server.close()
+
+
 async def test_a_worker_that_is_killed_leaves_its_work_to_the_next(relay: Relay, beat: Service) -> None:
     async with enrolled(relay) as gpu:
         for _ in range(2):
@@ -140,6 +150,37 @@ async def test_a_job_made_while_the_broker_is_away_is_found_when_it_is_back(
         await starting
         assert grant.job.job_id == job_id
         await finished(relay, gpu, grant)
+
+
+async def test_a_broker_that_stands_still_holds_neither_gpus_up_nor_the_relays_end(
+    rabbit: Rabbit, tmp_path: Path
+) -> None:
+    relay = Relay(tmp_path / "relay", RELAY_BROKER_URL=rabbit.url)
+    with running(relay):
+        async with enrolled(relay):
+            await asyncio.to_thread(start_job, relay)  # it has spoken to the broker, and does so by that connection
+            with rabbit.standing_still():
+                await asyncio.to_thread(start_job, relay)
+                async with enrolled(relay):  # whose URL the rounds prove
+                    pass
+                began = time.monotonic()
+                assert await asyncio.to_thread(relay.stop) == 0
+                assert time.monotonic() - began < 5
+
+
+async def test_leases_outlive_a_relay_that_was_away_while_workers_went_on(rabbit: Rabbit, tmp_path: Path) -> None:
+    relay = Relay(tmp_path / "relay", RELAY_BROKER_URL=rabbit.url, RELAY_HEARTBEAT_S="1", RELAY_LEASE_S="3")
+    with running(relay), running(beside(relay, "beat")), working(relay) as worker:
+        async with enrolled(relay) as gpu:
+            job_id = await asyncio.to_thread(start_job, relay)
+            grant = await gpu.next_grant()
+            relay.kill()
+            await asyncio.sleep(4)  # longer than the lease
+            relay.start()
+            await asyncio.to_thread(relay.wait, lambda: job(relay, job_id))
+            await finished(relay, gpu, grant)
+            assert job(relay, job_id)["attempts"] == 0
+        assert "leases were over" not in worker.log()
 
 
 def test_flower_wants_its_password(relay: Relay, worker: Service) -> None:

@@ -36,7 +36,7 @@ def story(smol_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder, base = tmp_path_factory.mktemp("story"), smol_dir.name
     relay = Relay(folder / "relay")
     with running(relay):
-        gpu = Gpu(folder / "gpu", {base: smol_dir}, relay, OMP_NUM_THREADS="2")
+        gpu = Gpu(folder / "gpu", {base: smol_dir}, relay)
         with running(gpu):
             relay.serves(base)
             client = relay.client()
@@ -55,7 +55,7 @@ def story(smol_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             )
             done = follow(relay, job.id, ended)
             assert done.status == "succeeded", done.error
-            events = [e for page in client.fine_tuning.jobs.list_events(job.id, limit=100).iter_pages() for e in page]
+            events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
             yield Story(relay, gpu, base, done.fine_tuned_model, events)
 
 

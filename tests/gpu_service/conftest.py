@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from gpu_service import device as devices
 from gpu_service import models
-from gpu_service.app import Parts, Tuned, create_app
+from gpu_service.answering import Tuned
+from gpu_service.app import Parts, create_app
 from gpu_service.device import Device
 from gpu_service.gate import Gate, Identity
 from gpu_service.models import Base, Models
@@ -84,7 +85,7 @@ async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings, *more: str) -
     async def no_tuned(model: str) -> Tuned | None:
         return None
 
-    with ThreadPoolExecutor(max_workers=1) as tokenizing:
+    with ThreadPoolExecutor(max_workers=1) as tokenizing, ThreadPoolExecutor(max_workers=1) as packing:
         gate = Gate(KEY, settings.max_body_bytes, lambda: running.identity)
         parts = Parts(
             gate=gate,
@@ -93,6 +94,7 @@ async def run_gpu(tiny_dir: Path, cpu: Device, settings: Settings, *more: str) -
             models=models,
             worker=worker,
             tokenizing=tokenizing,
+            packing=packing,
             tuned=no_tuned,
         )
         listener = socket.create_server(("127.0.0.1", 0))  # listening: early requests wait in its backlog

@@ -11,7 +11,7 @@ import torch
 
 import wire
 from demo import gpt2
-from gpu_service import checkpoints, decoder, layers, optimizer, train
+from gpu_service import checkpoints, decoder, layers, learn_text, optimizer, train
 from gpu_service import plan as plans
 from gpu_service.artifacts import BlobCache
 from gpu_service.checkpoints import Stored
@@ -31,7 +31,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    wanted: train.Job,
+    wanted: learn_text.TextJob,
     base: Base,
     cpu: Device,
     start: train.State | None = None,
@@ -40,7 +40,7 @@ def run(
     """Losses by step, training and validation alike, and what the run ended with: a state where `stop` had it."""
     losses: list[tuple[int, float]] = []
     model = decoder.build(base.source.family, base.source.config, cpu.torch)
-    for item in train.run(wanted, base, model, cpu, start=start, wanted=stop):
+    for item in learn_text.run(wanted, base, model, cpu, start=start, wanted=stop):
         if isinstance(item, train.State | train.Trained):
             return losses, item
         if not isinstance(item, train.Progress):
@@ -142,7 +142,7 @@ def test_a_state_is_a_copy_that_further_steps_leave_alone(
     model = decoder.build(tiny.source.family, tiny.source.config, cpu.torch)
     states: list[train.State] = []
     copies: list[dict[str, torch.Tensor]] = []
-    for item in train.run(wanted, tiny, model, cpu, wanted=lambda: True):
+    for item in learn_text.run(wanted, tiny, model, cpu, wanted=lambda: True):
         if isinstance(item, train.State):
             states.append(item)
             copies.append({name: tensor.clone() for name, tensor in item.tensors.items()})
@@ -152,7 +152,7 @@ def test_a_state_is_a_copy_that_further_steps_leave_alone(
 
 
 @pytest.fixture
-def saved(tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path) -> tuple[wire.Checkpoint, train.Job]:
+def saved(tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path) -> tuple[wire.Checkpoint, learn_text.TextJob]:
     wanted = job(tiny, cpu, rows_file, tmp_path / "rows", LORA)
     _, state = run(wanted, tiny, cpu, stop=after(2))
     assert isinstance(state, train.State)
@@ -160,7 +160,9 @@ def saved(tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path) -> tuple[wir
     return checkpoints.save(cache, JOB, stored(state, wanted.plan)), wanted
 
 
-def test_a_damaged_or_truncated_chunk_is_refused(saved: tuple[wire.Checkpoint, train.Job], tmp_path: Path) -> None:
+def test_a_damaged_or_truncated_chunk_is_refused(
+    saved: tuple[wire.Checkpoint, learn_text.TextJob], tmp_path: Path
+) -> None:
     checkpoint, wanted = saved
     chunk = tmp_path / "blobs" / checkpoint.files[0].chunks[0].sha256
     whole = chunk.read_bytes()
@@ -173,7 +175,7 @@ def test_a_damaged_or_truncated_chunk_is_refused(saved: tuple[wire.Checkpoint, t
 
 
 def test_another_jobs_checkpoint_is_refused(
-    saved: tuple[wire.Checkpoint, train.Job], tiny: Base, tmp_path: Path
+    saved: tuple[wire.Checkpoint, learn_text.TextJob], tiny: Base, tmp_path: Path
 ) -> None:
     checkpoint, wanted = saved
     at = lambda ref: tmp_path / "blobs" / ref.sha256  # noqa: E731

@@ -8,7 +8,7 @@ import torch
 
 import wire
 from bench import train_table
-from gpu_service import artifacts, checkpoints, costs, layers, train, trainable
+from gpu_service import artifacts, checkpoints, costs, layers, learn_text, train, trainable
 from gpu_service import decoder as decoders
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
@@ -75,7 +75,7 @@ def test_activations_are_what_autograd_keeps(
     rows = Rows(base.weights, full=full, lora=[lora], dropout=True)
     batch = store.batch([0, 1, 2, 3], pad_id=0)
     with Kept([*base.weights.values(), *run.named.values()]) as kept:
-        loss = train.summed_loss(decoder, rows, batch, selection.lowest_layer, cpu)
+        loss = learn_text.summed_loss(decoder, rows, batch, selection.lowest_layer, cpu)
     assert loss.requires_grad
     tokens = batch.ids.shape[1]
     said = source.cost(selection, 4, tokens, 4).activations_bytes
@@ -95,9 +95,9 @@ def test_weights_trained_numbers_and_checkpoints_are_what_is_stored(
     store = TokenStore.build(rows_file, tmp_path / "rows", source.tokenizer, 64)
     wanted = wire.Hyperparameters.model_validate({"n_epochs": 1, "batch_size": 4, "prefix_cache": False, **more})
     plan = plans.resolve(wanted, source, selection, store, 64, cpu)
-    job = train.Job(source, selection, plan, store, None, seed=5)
+    job = learn_text.TextJob(source, selection, plan, store, None, seed=5)
     decoder = decoders.build(source.family, source.config, cpu.torch)
-    items = list(train.run(job, tiny, decoder, cpu, wanted=lambda: True))
+    items = list(learn_text.run(job, tiny, decoder, cpu, wanted=lambda: True))
     state = next(item for item in items if isinstance(item, train.State))
     trained = items[-1]
     assert isinstance(trained, train.Trained)

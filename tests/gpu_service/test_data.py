@@ -388,8 +388,8 @@ async def test_tokenising_says_how_far_it_is_and_ends_with_whoever_waits_for_it(
 
         return TokenStore.build(file, tmp_path / "store", tokenizer, 64, told=both)
 
-    reporter: Any = None  # nothing is said so soon
-    work = asyncio.create_task(finetune._tokenized(build, "train.jsonl", reporter))
+    told: Any = None  # nothing is said so soon
+    work = asyncio.create_task(finetune.beside(build, told))
     await begun.wait()
     work.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -22,10 +22,10 @@ from gpu_service.data import Batch
 from gpu_service.decoder import Decoder, build
 from gpu_service.device import Device
 from gpu_service.errors import UnsupportedModel
+from gpu_service.learn_text import summed_loss
 from gpu_service.llama import Llama
 from gpu_service.models import FAMILIES, Base, as_held
 from gpu_service.rows import Rows
-from gpu_service.train import summed_loss
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -19,10 +19,10 @@ from gpu_service.data import Batch
 from gpu_service.device import Device
 from gpu_service.errors import BadRequest
 from gpu_service.layers import TensorInfo, gpt2_tensors, llama_tensors
+from gpu_service.learn_text import summed_loss
 from gpu_service.lora import Lora
 from gpu_service.models import FAMILIES, Base, read_base
 from gpu_service.rows import Rows
-from gpu_service.train import summed_loss
 from tests.gpu_service.test_checkpoints import after, rows_file, same
 from tests.gpu_service.test_checkpoints import run as run_until
 from tests.gpu_service.test_decoders import VARIANTS, decoder_of, reference, weights_of, whole_logits

@@ -4,7 +4,10 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,22 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
+import wire
+from adapter import AdapterMeta, LoraMeta
+from gpu_service import artifacts
+from gpu_service.artifacts import Adapter
 from gpu_service.device import Device
 from gpu_service.drawing import PictureBody
 from gpu_service.errors import BadRequest
+from gpu_service.layers import TensorInfo
+from gpu_service.lora import Lora
 from gpu_service.models import Models, locate
+from gpu_service.resident import AdapterFiles
 from gpu_service.sampling import Sampling
 from gpu_service.sd import SCHEDULERS, PictureSource
 from gpu_service.settings import BadSetting, Settings
-from gpu_service.unet import parse_blocks
+from gpu_service.tuned import PLAIN, Tuned
+from gpu_service.unet import Shallow, keeping, parse_blocks
 from gpu_service.worker import Generation, Worker
 from tests.conftest import TINY
 from tests.gpu_service import tiny_sd
@@ -232,6 +243,57 @@ async def test_a_caller_who_leaves_ends_the_picture(gpu: Gpu) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.mark.parametrize(("kind", "compression"), [("jpeg", None), ("jpeg", 20), ("webp", 20)])
+async def test_the_openai_client_may_ask_for_smaller_files(
+    client: openai.AsyncOpenAI, kind: Any, compression: int | None
+) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "quality": "hd", "extra_body": {"steps": 2, "seed": 1}}
+    if compression is not None:
+        asked["output_compression"] = compression
+    made = await client.images.generate(output_format=kind, **asked)
+    whole = await client.images.generate(output_format="webp", **(asked | {"output_compression": 100}))
+    assert made.data
+    assert whole.data
+    assert made.output_format == kind
+    small, exact = opened(str(made.data[0].b64_json)), opened(str(whole.data[0].b64_json))
+    assert small.format == kind.upper()
+    difference = np.abs(np.asarray(small, np.int16) - np.asarray(exact, np.int16)).mean()
+    assert 0 < difference < 30
+
+
+async def test_a_relay_is_told_what_was_drawn_as_it_is_shown(gpu: Gpu) -> None:
+    relay, asked = {wire.HEADER_CALLER: "user-1"}, {"model": NAME, "prompt": PROMPT, "steps": 4, "n": 2}
+    whole = await gpu.http.post("/v1/images/generations", json=asked, headers=relay)
+    read = whole.json()["usage"]["input_tokens"]
+    assert whole.headers[wire.HEADER_USAGE] == f"{read},8"
+    streamed = {**asked, "stream": True, "partial_images": 1, "n": 1}
+    told = await gpu.http.post("/v1/images/generations", json=streamed, headers=relay)
+    comments = [frame for frame in told.text.split("\n\n") if frame.startswith(":")]
+    assert comments == [wire.USAGE_COMMENT.decode() + f"{read},{drawn}" for drawn in (0, 2, 4)]
+    plain = await gpu.http.post("/v1/images/generations", json=streamed)
+    assert wire.USAGE_COMMENT.decode() not in plain.text
+
+
+async def test_who_stops_reading_stops_the_picture_within_one_step(painter: Worker, source: PictureSource) -> None:
+    def steps() -> int:
+        [count] = re.findall(r'gpu_device_seconds_count\{kind="image"\} (\d+)', painter.metrics.text().decode())
+        return int(count)
+
+    wanted = replace(PictureBody(model=NAME, prompt=PROMPT, steps=200).wanted(source, ""), previews=10)
+    async with aclosing(painter.draw(wanted)) as shown:  # type: ignore[type-var]
+        await anext(shown)
+        before = steps()
+    async with asyncio.timeout(60):
+        while painter._pictures:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    assert steps() - before <= 2, "the one under way, and the look that ends it"
+
+
+async def test_previews_of_few_steps_are_numbered_without_a_gap(painter: Worker, source: PictureSource) -> None:
+    wanted = replace(PictureBody(model=NAME, prompt=PROMPT, steps=4, scheduler="ddim").wanted(source, ""), previews=5)
+    assert [shown.preview async for shown in painter.draw(wanted)] == [0, 1, 2, None]
+
+
 async def test_text_goes_on_between_the_steps_of_a_picture(gpu: Gpu) -> None:
     steps = 200
     picture = asyncio.create_task(
@@ -252,12 +314,13 @@ async def test_text_goes_on_between_the_steps_of_a_picture(gpu: Gpu) -> None:
         ({"size": "10000x10000"}, "size"),
         ({"size": "33x32"}, "size"),
         ({"size": "0x32"}, "size"),
-        ({"n": 9}, "n"),
+        ({"n": 11}, "n"),
         ({"steps": 0}, "steps"),
         ({"scheduler": "best"}, "scheduler"),
         ({"image": "bm8="}, "image"),
         ({"image": "!"}, "image"),
-        ({"output_format": "jpeg"}, "output_format"),
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_compression": 50}, "output_compression"),
         ({"response_format": "url"}, "response_format"),
         ({"dials": {"bands": [{"layers": "up.7"}]}}, "dials"),
         ({"background": "transparent"}, "background"),
@@ -288,12 +351,30 @@ async def test_a_model_of_pictures_answers_no_chat(gpu: Gpu) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "wrong_kind_of_model")
     listed = (await gpu.http.get("/v1/models")).json()["data"]
     assert {each["id"]: each["family"] for each in listed} == {TINY: "llama", NAME: "sd"}
-    preview = (await gpu.http.post("/v1/layers/preview", json={"model": NAME, "layers": {"parts": ["attn"]}})).json()
-    assert preview["batch"] == {"rows": 1, "width": SIDE, "height": SIDE}
-    assert any("not trained yet" in note for note in preview["notes"])
-    packed = {"model": NAME, "layers": {"parts": ["attn"], "quantize": "8bit"}}
-    refused = await gpu.http.post("/v1/layers/preview", json=packed)
-    assert refused.json()["error"]["code"] == "not_supported_yet"
+
+
+async def test_a_preview_tells_what_training_on_pictures_takes(gpu: Gpu, source: PictureSource) -> None:
+    async def preview(**more: Any) -> dict[str, Any]:
+        asked = {"model": NAME, "layers": {"parts": ["attn"]}, **more}
+        return (await gpu.http.post("/v1/layers/preview", json=asked)).json()  # type: ignore[no-any-return]
+
+    await gpu.worker.load(NAME)
+    alone = await preview()
+    assert alone["batch"] == {"rows": 1, "width": SIDE, "height": SIDE}
+    assert "time_s" not in alone
+    small, large = {"rows": 12, "bytes": 10**6}, {"rows": 1200, "bytes": 10**8}
+    asked = {"n_epochs": 10, "resolution": 2 * SIDE}
+    few, many = [await preview(data=size, hyperparameters=asked) for size in (small, large)]
+    assert few["batch"] == {"rows": 1, "width": 2 * SIDE, "height": 2 * SIDE}, "more would keep chat waiting"
+    assert many["time_s"] == pytest.approx(100 * few["time_s"], rel=0.1)
+    concept = {"prompt": "a sks wall", "class_prompt": "a wall"}
+    kept = await preview(data=small, hyperparameters=asked, concept=concept)
+    assert kept["time_s"] > 2 * few["time_s"]
+    assert kept["memory_bytes"]["activations"] == 2 * few["memory_bytes"]["activations"]
+    for spec, says in (({"quantize": "8bit"}, "not quantised"), ({"method": "dora"}, "dora is for text")):
+        refused = await preview(layers={"parts": ["attn"], **spec})
+        assert says in refused["error"]["message"]
+        assert refused["error"]["param"] == "layers"
 
 
 # --- prompts and pictures that come in -------------------------------------------------------------------------------
@@ -321,15 +402,27 @@ def test_pictures_of_any_usual_mode_are_taken(source: PictureSource, mode: str) 
     assert (wanted.width, wanted.height) == (64, 38)  # as large as the model draws, in its proportions
 
 
+def test_a_phones_picture_and_base64_in_lines_are_taken(source: PictureSource) -> None:
+    """With a second picture behind it, and EXIF that is broken."""
+    file, red = io.BytesIO(), Image.new("RGB", (64, 64), "red")
+    red.save(file, "MPO", save_all=True, append_images=[red], exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    lines = base64.encodebytes(file.getvalue()).decode()
+    start = PictureBody(model=NAME, prompt=PROMPT, image=lines).wanted(source, "").start
+    assert start is not None
+    assert start[0, 0].mean() > 0.9
+
+
 def test_moving_deep_and_huge_pictures_are_refused(source: PictureSource) -> None:
     moving = io.BytesIO()
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
     frames[0].save(moving, "PNG", save_all=True, append_images=frames[1:])
     for text, said in (
         (base64.b64encode(moving.getvalue()).decode(), "moves"),
-        (as_base64(Image.new("I;16", (8, 8))), "8 bits"),
+        (as_base64(Image.new("I;16", (20, 20))), "save it with 8"),
         (as_base64(Image.new("1", (8000, 8000))), "megapixels"),
-        (as_base64(Image.new("RGB", (64, 64)))[:60], "whole"),
+        (as_base64(Image.new("RGB", (64, 64)))[:60], "a part is missing"),
+        ("not base64!", "no base64"),
+        ("nö", "no base64"),
     ):
         with pytest.raises(BadRequest, match=said):
             PictureBody(model=NAME, prompt=PROMPT, image=text).wanted(source, "")
@@ -360,3 +453,120 @@ def as_base64(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+async def test_previews_are_sketched_at_half_the_size_and_the_picture_is_drawn_whole(
+    painter: Worker, models: Models, source: PictureSource
+) -> None:
+    await painter.load(NAME)
+    sizes: list[int] = []
+    decoder = models.load_pictures(NAME).vae.decoder
+    handle = decoder.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-1]))
+    body = PictureBody(model=NAME, prompt=PROMPT, seed=3, steps=6, stream=True, partial_images=2)
+    shown = [s async for s in painter.draw(body.wanted(source, ""))]
+    handle.remove()
+    assert sizes == [8, 8, 16]
+    assert {tuple(s.pixels.shape) for s in shown} == {(SIDE, SIDE, 3)}
+
+
+# --- tuned models ----------------------------------------------------------------------------------------------------
+
+
+def tuned_files(folder: Path, source: PictureSource, seed: int) -> AdapterFiles:
+    """A matrix by LoRA, a convolution in full and a matrix of the text encoder, all of them far from the base's."""
+    torch.manual_seed(seed)
+
+    def first(component: str, part: str) -> TensorInfo:
+        found = (t for t in source.tensors if t.component == component and t.part == part)
+        return next(t for t in found if t.name.endswith("weight"))
+
+    conv, linear = first("unet", "conv.resnet"), [first("unet", "attn.cross.k"), first("text_encoder", "attn.v")]
+    full = {conv.name: torch.randn(conv.shape) / 5}
+    pairs = {t.name: Lora(torch.randn(3, t.shape[1]), torch.randn(t.shape[0], 3), 0.5) for t in linear}
+    meta = AdapterMeta(
+        family="sd",
+        base_model=NAME,
+        base_revision=source.revision,
+        layers=[],
+        lora={name: LoraMeta(rank=3, alpha=1.5) for name in pairs},
+        tensors={t.name: t.shape for t in (conv, *linear)},
+        hyperparameters=wire.Hyperparameters(),
+        created_at=0,
+        trained_tokens=0,
+    )
+    refs = artifacts.save(folder, Adapter(meta, full, pairs))
+    return AdapterFiles(f"tuned-{seed}", {ref.name: folder / ref.name for ref in refs.files})
+
+
+async def test_a_tuned_model_draws_as_a_pipeline_with_its_weights_and_beside_it_others_as_alone(
+    painter: Worker, source: PictureSource, sd_dir: Path, tmp_path: Path
+) -> None:
+    files = [tuned_files(tmp_path / str(seed), source, seed) for seed in (1, 2)]
+    body = PictureBody(model=NAME, prompt=PROMPT, seed=3, steps=4, scheduler="ddim")
+
+    async def drawn(adapter: AdapterFiles | None) -> np.ndarray[Any, Any]:
+        [shown] = [s async for s in painter.draw(body.wanted(source, ""), adapter)]
+        return shown.pixels.numpy()
+
+    plain = await drawn(None)
+    together = await asyncio.gather(*(drawn(f) for f in (files[0], None, files[1], files[0])))
+    assert np.array_equal(together[1], plain), "who is not tuned draws as ever"
+    assert near(together[0], together[3])
+    assert not near(together[0], together[2])
+    for picture, file in ((together[0], files[0]), (together[2], files[1])):
+        adapter = artifacts.load(file.files, source.tensors)
+        oracle = tiny_sd.oracle(sd_dir)
+        oracle.scheduler = source.new_scheduler("ddim")
+        with torch.no_grad():
+            for name, weight in adapter.full.items():
+                getattr(oracle, name.partition(".")[0]).get_parameter(name.partition(".")[2]).copy_(weight)
+            for name, pair in adapter.lora.items():
+                parameter = getattr(oracle, name.partition(".")[0]).get_parameter(name.partition(".")[2])
+                parameter.add_(pair.b @ pair.a, alpha=pair.scale)
+        assert near(picture, expected(oracle))
+
+
+# --- fast ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shallow_pass_with_what_is_deep_in_the_same_step_is_the_whole_pass(
+    models: Models, source: PictureSource
+) -> None:
+    torch.manual_seed(0)
+    unet = models.load_pictures(NAME).unet
+    given = torch.randn(2, 4, 16, 16), torch.tensor([10, 600]), torch.randn(2, 77, 32)
+    value = next(t for t in source.tensors if t.component == "unet" and t.part == "attn.cross.v" and t.layer == 0)
+    tuned = Tuned({value.name: torch.randn(value.shape)}, {})
+    with torch.no_grad():
+        for way in (PLAIN, tuned):
+            with keeping(unet) as kept:
+                whole = way("unet", unet, given[0], given[1], encoder_hidden_states=given[2]).sample
+            shallow = way("unet", Shallow(unet), *given, kept[0], within="unet")
+            assert torch.equal(shallow, whole)
+        assert not torch.equal(way("unet", Shallow(unet), *given, torch.zeros_like(kept[0]), within="unet"), whole)
+
+
+async def test_a_fast_picture_takes_two_steps_of_three_from_the_one_before(
+    painter: Worker, models: Models, source: PictureSource
+) -> None:
+    await painter.load(NAME)  # which measures how long a pass takes
+    unet = models.load_pictures(NAME).unet
+    passes: list[int] = []
+    handle = unet.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    [whole] = await draw(painter, source, steps=8, scheduler="ddim")
+    assert passes == [2] * 8
+    passes.clear()
+    [fast] = await draw(painter, source, steps=8, scheduler="ddim", fast=True)
+    handle.remove()
+    assert passes == [2] * 3
+    assert not np.array_equal(fast, whole)
+    asked: list[dict[str, Any]] = [
+        {"fast": True},
+        {"seed": 4, "fast": True, "dials": {"attn": 0.5}},
+        {"fast": False},
+        {"seed": 5, "fast": True, "guidance": 1},
+    ]
+    alone = [await draw(painter, source, steps=8, scheduler="ddim", **each) for each in asked]
+    together = await asyncio.gather(*(draw(painter, source, steps=8, scheduler="ddim", **each) for each in asked))
+    assert near(alone[0][0], fast)
+    assert all(near(one, other) for [one], [other] in zip(alone, together, strict=True))

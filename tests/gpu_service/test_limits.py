@@ -18,8 +18,8 @@ from gpu_service import device as devices
 from gpu_service.artifacts import Adapter, save
 from gpu_service.device import Device
 from gpu_service.models import Models
+from gpu_service.resident import AdapterFiles, Resident
 from gpu_service.settings import Settings
-from gpu_service.worker import AdapterFiles, Worker
 from tests.conftest import TINY
 from tests.gpu_service.conftest import KEY, Gpu, run_gpu
 from tests.gpu_service.test_rows import random_lora
@@ -206,15 +206,15 @@ def test_adapters_stay_within_their_budget_and_the_least_recently_used_leave(
         save(tmp_path / str(seed), Adapter(meta, {}, lora))
         files = {path.name: path for path in (tmp_path / str(seed)).iterdir()}
         wanted.append(AdapterFiles(str(seed), files))
-    worker = Worker(Settings(), cpu, models)
-    first = worker._adapter(wanted[0], base)
-    worker._adapter_bytes = int(2.9 * first.n_bytes)
-    worker._adapter(wanted[1], base)
-    assert worker._adapter(wanted[0], base) is first, "held, and now the one that was used last"
-    worker._adapter_bytes = first.n_bytes + worker._adapters["1"].n_bytes
-    worker._adapter(wanted[2], base)
-    assert "1" not in worker._adapters
-    assert "2" in worker._adapters
-    worker._adapter_bytes = 1
-    worker._adapter(wanted[1], base)
-    assert list(worker._adapters) == ["1"], "one may be larger than the budget, and is used all the same"
+    resident = Resident(cpu, models, tmp_path / "compiled", 2**30)
+    first = resident.adapter(wanted[0], base)
+    resident.adapter_bytes = int(2.9 * first.n_bytes)
+    resident.adapter(wanted[1], base)
+    assert resident.adapter(wanted[0], base) is first, "held, and now the one that was used last"
+    resident.adapter_bytes = first.n_bytes + resident._adapters["1"].n_bytes
+    resident.adapter(wanted[2], base)
+    assert "1" not in resident._adapters
+    assert "2" in resident._adapters
+    resident.adapter_bytes = 1
+    resident.adapter(wanted[1], base)
+    assert list(resident._adapters) == ["1"], "one may be larger than the budget, and is used all the same"

@@ -13,7 +13,7 @@ import torch
 
 import wire
 from gpu_service import decoder as decoders
-from gpu_service import layers, prefix, train
+from gpu_service import layers, learn_text, prefix, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.device import Device, Precision
@@ -50,21 +50,21 @@ def made(shelf: Shelf, base: Base, device: Device, store: TokenStore, cut: int) 
     return ended(shelf.prepare(wanted(base, device, store, cut), decoder, stages))
 
 
-def job(base: Base, device: Device, rows_file: Path, folder: Path, spec: wire.LayerSpec) -> train.Job:
+def job(base: Base, device: Device, rows_file: Path, folder: Path, spec: wire.LayerSpec) -> learn_text.TextJob:
     source = base.source
     selection = layers.select(source.tensors, [spec], tied=source.tied)
     store = TokenStore.build(rows_file, folder / "rows", source.tokenizer, 64)
     asked = wire.Hyperparameters(n_epochs=3, batch_size=4, learning_rate=3e-3, micro_batch_rows=2)
     plan = plans.resolve(asked, source, selection, store, 64, device)
-    return train.Job(source, selection, plan, store, store, seed=5)
+    return learn_text.TextJob(source, selection, plan, store, store, seed=5)
 
 
 def losses(
-    work: train.Job, base: Base, device: Device, prefixes: Prefixes
+    work: learn_text.TextJob, base: Base, device: Device, prefixes: Prefixes
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     decoder = decoders.build(base.source.family, base.source.config, device.torch)
     found: list[float] = []
-    for item in train.run(work, base, decoder, device, prefix=prefixes):
+    for item in learn_text.run(work, base, decoder, device, prefix=prefixes):
         if isinstance(item, train.Progress):
             found += [x for x in (item.train_loss, item.gradient_norm, item.valid_loss) if x is not None]
         elif isinstance(item, train.Trained):

@@ -10,7 +10,7 @@ import torch
 
 import wire
 from gpu_service import decoder as decoders
-from gpu_service import layers, models, prepare, train
+from gpu_service import layers, learn_text, models, prepare, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.device import Device
@@ -35,19 +35,19 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(
     source: models.Source, device: Device, rows_file: Path, folder: Path, spec: wire.LayerSpec = LAST, **asked: object
-) -> train.Job:
+) -> learn_text.TextJob:
     selection = layers.select(source.tensors, [spec], tied=source.tied)
     store = TokenStore.build(rows_file, folder / "rows", source.tokenizer, 64)
     wanted = wire.Hyperparameters.model_validate({"n_epochs": 2, "batch_size": 4, "micro_batch_rows": 2, **asked})
     plan = plans.resolve(wanted, source, selection, store, 64, device)
-    return train.Job(source, selection, plan, store, store, seed=5)
+    return learn_text.TextJob(source, selection, plan, store, store, seed=5)
 
 
 def nothing_resident() -> tuple[Base, decoders.Decoder]:
     raise AssertionError("a streamed run loads no whole model")
 
 
-def ran(steps: Iterator[prepare.Report]) -> tuple[Chosen, list[float], train.Trained]:
+def ran(steps: Iterator[train.Report]) -> tuple[Chosen, list[float], train.Trained]:
     items = list(steps)
     chosen = next(i for i in items if isinstance(i, Chosen))
     progress = [i for i in items if isinstance(i, train.Progress)]
@@ -146,7 +146,7 @@ def test_a_cached_run_whose_trial_halved_it_goes_on_to_the_bit(
     keys = [[w.key for w in prepare.data_sets(wanted, cpu)] for wanted in (planned, halved)]
     assert keys[0] == keys[1]
 
-    def steps(folder: str, start: train.State | None, stop: bool) -> Iterator[prepare.Report]:
+    def steps(folder: str, start: train.State | None, stop: bool) -> Iterator[train.Report]:
         shelf = Shelf(tmp_path / folder, 10**9)
         return prepare.steps(halved, cpu, shelf, lambda: (tiny, decoder), start=start, wanted=lambda: stop)
 

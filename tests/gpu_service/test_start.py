@@ -48,6 +48,15 @@ def test_every_setting_stands_in_the_documentation() -> None:
         assert meaning in text, name
 
 
+def test_an_argument_is_answered_with_the_settings_and_starts_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gpu_service", "--help"]
+    env = {**os.environ, "GPU_DATA_DIR": str(tmp_path / "data")}
+    helped = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert helped.returncode == 0
+    assert all(name in helped.stdout for name in settings.TABLE)
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_name_that_is_neither_folder_nor_on_the_hub_says_what_to_check() -> None:
     with pytest.raises(BadSetting, match="Check the name and the network"):
         find("nobody/nothing-of-that-name")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import wire
-from gpu_service import layers, train
+from gpu_service import layers, learn_text, train
 from gpu_service import plan as plans
 from gpu_service.data import TokenStore
 from gpu_service.device import DTYPES, Device, Precision
@@ -37,17 +37,19 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def job(base: Base, cpu: Device, rows_file: Path, folder: Path, *specs: wire.LayerSpec, **wanted: object) -> train.Job:
+def job(
+    base: Base, cpu: Device, rows_file: Path, folder: Path, *specs: wire.LayerSpec, **wanted: object
+) -> learn_text.TextJob:
     source = base.source
     selection = layers.select(source.tensors, specs, tied=source.tied)
     store = TokenStore.build(rows_file, folder, source.tokenizer, 64)
     hyperparameters = wire.Hyperparameters.model_validate({"n_epochs": 3, "batch_size": 4, **wanted})
     plan = plans.resolve(hyperparameters, source, selection, store, 64, cpu)
-    return train.Job(source, selection, plan, store, None, seed=5)
+    return learn_text.TextJob(source, selection, plan, store, None, seed=5)
 
 
-def run(job: train.Job, base: Base, device: Device) -> tuple[list[float], train.Trained]:
-    items = list(train.run(job, base, Llama(base.source.config, device.torch), device))
+def run(job: learn_text.TextJob, base: Base, device: Device) -> tuple[list[float], train.Trained]:
+    items = list(learn_text.run(job, base, Llama(base.source.config, device.torch), device))
     trained = items[-1]
     assert isinstance(trained, train.Trained)
     losses = [i.train_loss for i in items if isinstance(i, train.Progress) and i.train_loss is not None]
@@ -127,7 +129,9 @@ def test_validation_loss_is_reported_at_the_end_of_each_epoch(
     tiny: Base, cpu: Device, rows_file: Path, tmp_path: Path
 ) -> None:
     wanted = job(tiny, cpu, rows_file, tmp_path, LORA)
-    items = list(train.run(replace(wanted, validation=wanted.store), tiny, Llama(tiny.source.config, cpu.torch), cpu))
+    items = list(
+        learn_text.run(replace(wanted, validation=wanted.store), tiny, Llama(tiny.source.config, cpu.torch), cpu)
+    )
     valid = [i.valid_loss for i in items if isinstance(i, train.Progress) and i.valid_loss is not None]
     assert len(valid) == 4, "one before the first step, and one after each epoch"
     assert valid[-1] < valid[0]
@@ -149,7 +153,7 @@ def test_auto_is_resolved_to_numbers_that_fit_the_data(
 ) -> None:
     chosen = job(tiny, cpu, rows_file, tmp_path, LORA, n_epochs="auto", batch_size="auto").plan.chosen()
     left = {name for name, value in chosen.model_dump().items() if value == "auto"}
-    assert left <= {"prefix_cache"}  # whether the prefix is kept is measured before the first step
+    assert left <= {"prefix_cache", *wire.OF_PICTURES}  # whether the prefix is kept is measured before the first step
     assert chosen.batch_size == 1
     assert chosen.n_epochs == 10
 

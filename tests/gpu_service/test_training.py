@@ -14,7 +14,7 @@ import wire
 from adapter import AdapterMeta
 from demo import gpt2
 from gpu_service import decoder as decoders
-from gpu_service import layers, probe, report, samples, train, trainable
+from gpu_service import layers, learn_text, probe, report, samples, train, trainable
 from gpu_service.artifacts import Adapter
 from gpu_service.cache import Whole
 from gpu_service.course import Course
@@ -55,8 +55,8 @@ def build(base: Base, cpu: Device) -> decoders.Decoder:
     return decoders.build(base.source.family, base.source.config, cpu.torch)
 
 
-def items(wanted: train.Job, base: Base, cpu: Device) -> list[Any]:
-    return list(train.run(wanted, base, build(base, cpu), cpu))
+def items(wanted: learn_text.TextJob, base: Base, cpu: Device) -> list[Any]:
+    return list(learn_text.run(wanted, base, build(base, cpu), cpu))
 
 
 def told(found: list[Any]) -> list[float]:
@@ -106,7 +106,7 @@ def test_rows_packed_into_one_sequence_have_the_loss_and_gradients_of_rows_apart
         rows = Rows(base.weights, lora=[trained.lora])
         batch = store.batch([3, 0, 7, 5], pad_id=0)
         batch = batch.packed() if packed else batch
-        loss = train.summed_loss(build(base, cpu), rows, batch, selection.lowest_layer, cpu)
+        loss = learn_text.summed_loss(build(base, cpu), rows, batch, selection.lowest_layer, cpu)
         loss.backward()  # type: ignore[no-untyped-call]
         found.append((loss.detach(), [p.grad for p in trained.named.values()]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
@@ -166,7 +166,7 @@ def test_only_the_probe_halves_the_micro_batch_and_the_losses_stay(
 ) -> None:
     wanted = job(tiny, cpu, rows_file, tmp_path, LORA, micro_batch_rows=4, n_epochs=1)
     decoder: Any = Small(build(tiny, cpu))
-    found = list(train.run(wanted, tiny, decoder, cpu))
+    found = list(learn_text.run(wanted, tiny, decoder, cpu))
     (ready,) = [item for item in found if isinstance(item, probe.Ready)]
     assert (ready.asked_rows, ready.plan.micro_rows) == (4, 2)
     assert found.index(ready) < 4, "it shows before the first step"
@@ -185,7 +185,7 @@ def test_the_probe_leaves_no_trace(gpt: Base, cpu: Device, rows_file: Path, tmp_
     for micro in (order[i : i + wanted.plan.micro_rows] for i in range(0, 6, wanted.plan.micro_rows)):
         batch = wanted.store.batch(micro, 0)
         batch = batch.packed() if wanted.plan.packing else batch
-        loss = train.summed_loss(build(gpt, cpu), rows, batch, wanted.selection.lowest_layer, cpu)
+        loss = learn_text.summed_loss(build(gpt, cpu), rows, batch, wanted.selection.lowest_layer, cpu)
         total += (loss / wanted.store.learned(order)).item()
     assert total == straight[0]
 
@@ -207,7 +207,7 @@ def test_on_a_cpu_the_estimate_halves_and_a_row_that_never_fits_is_an_error_that
     assert over.value.value.plan.micro_rows == 2
     assert tried == [2], "what can't fit is not tried: that would be the end of the process"
     with pytest.raises(OutOfMemory, match="max_length_tokens"):
-        list(probe.fit(PLAN, tried.append, lambda rows: 10**9, cramped))
+        list(probe.fit(PLAN, tried.append, lambda rows: 10**9, cramped, advice=learn_text.TextLearner.advice))
 
 
 # --- when it ends ----------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_early_stop_keeps_the_weights_of_the_best_validation(
     rows = Rows(tiny.weights, full=trained.full)
     batch = validation.batch(list(range(len(validation))), 0)
     with torch.no_grad():
-        loss = train.summed_loss(build(tiny, cpu), rows, batch, 4, cpu) / validation.report.learned_tokens
+        loss = learn_text.summed_loss(build(tiny, cpu), rows, batch, 4, cpu) / validation.report.learned_tokens
     assert float(loss) == pytest.approx(course.best_loss, rel=1e-5)
 
 
@@ -271,6 +271,16 @@ def test_one_odd_batch_is_no_explosion() -> None:
         assert not course.has_exploded
     for _ in range(3):
         course.stepped(9.0, 1e-3, 1.0)
+    assert course.has_exploded
+
+
+def test_a_loss_that_is_weighed_more_may_rise_more() -> None:
+    course = Course(unit=51.0)  # pictures of a class that weigh fifty times
+    for loss in (20.0, 60.0, 60.0, 60.0):
+        course.stepped(loss, 1e-3, 1.0)
+    assert not course.is_rising
+    for _ in range(6):
+        course.stepped(300.0, 1e-3, 1.0)
     assert course.has_exploded
 
 

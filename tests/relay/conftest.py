@@ -1,11 +1,15 @@
-"""A relay on a real port for each test, on a clock that stands still until the test moves it."""
+"""A relay on a real port for each test, on a clock that stands still until the test moves it.
+
+A module that says ON_BOTH_DATABASES has its tests run on SQLite and on PostgreSQL: all (True), or those that it names.
+One that says ON_BOTH_STORES has those that take `bucket` run on a folder and on a bucket.
+"""
 
 import asyncio
 import contextlib
 import inspect
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,9 @@ from openai import AsyncOpenAI
 
 from relay.app import create_app
 from relay.settings import Settings
+from tests.postgres import Postgres
 from tests.relay.double_gpu import BASE, DoubleGpu
+from tests.s3 import S3Server
 
 ADMIN_KEY = "sk-fine-of-the-admin-in-tests"
 ENROL_TOKEN = "enrol-token-of-the-tests"
@@ -88,6 +94,7 @@ class Relay:
 
 @asynccontextmanager
 async def running_relay(folder: Path, clock: Clock, **changes: Any) -> AsyncIterator[Relay]:
+    """`has_peers`: other relays beside it know where it is."""
     values: dict[str, Any] = {
         "data_dir": folder,
         "admin_key": ADMIN_KEY,
@@ -97,17 +104,20 @@ async def running_relay(folder: Path, clock: Clock, **changes: Any) -> AsyncIter
         "max_upload_bytes": 200_000,
         "page_dir": folder / "page",  # not built, unless a test does
     }
-    settings = Settings(**(values | changes))
-    app = create_app(settings, clock)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    if changes.pop("has_peers", False):
+        values["internal_url"] = url
+    settings = Settings(**(values | changes))
+    app = create_app(settings, clock)
     config = uvicorn.Config(app, access_log=False, log_config=None, lifespan="on", timeout_graceful_shutdown=2)
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.005)
         assert not serving.done()
-    relay = Relay(f"http://127.0.0.1:{listener.getsockname()[1]}", settings, clock)
+    relay = Relay(url, settings, clock)
     try:
         yield relay
     finally:
@@ -118,25 +128,77 @@ async def running_relay(folder: Path, clock: Clock, **changes: Any) -> AsyncIter
         await serving
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    both = getattr(metafunc.module, "ON_BOTH_DATABASES", False)
+    chosen = both is True or (both and metafunc.function.__name__ in both)
+    if "database" in metafunc.fixturenames and chosen:
+        metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+    if "bucket" in metafunc.fixturenames and getattr(metafunc.module, "ON_BOTH_STORES", False):
+        metafunc.parametrize("bucket", ["folder", "bucket"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    try:
+        server.start()
+        server.make_template()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """RELAY_DATABASE_URL: empty, which is SQLite in the data folder, or a fresh database of the tests' PostgreSQL."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        yield ""
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    name = server.new()
+    yield server.url(name)
+    server.drop(name)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3Server]:
+    server = S3Server()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def bucket(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a fresh bucket, unless a test is for the folder."""
+    if getattr(request, "param", "bucket") == "folder":
+        return {}
+    server: S3Server = request.getfixturevalue("s3")
+    return server.settings(server.new())
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
 
 
 @pytest.fixture
-async def start_relay(tmp_path: Path, clock: Clock) -> AsyncIterator[Callable[..., Any]]:
+async def start_relay(tmp_path: Path, clock: Clock, database: str) -> AsyncIterator[Callable[..., Any]]:
     """For tests that need other settings."""
     async with AsyncExitStack() as stack:
 
         async def start(**changes: Any) -> Relay:
+            changes = {"database_url": database} | changes
             return await stack.enter_async_context(running_relay(tmp_path / "data", clock, **changes))
 
         yield start
 
 
 @pytest.fixture
-async def relay(tmp_path: Path, clock: Clock) -> AsyncIterator[Relay]:
-    async with running_relay(tmp_path / "data", clock) as relay:
+async def relay(tmp_path: Path, clock: Clock, database: str) -> AsyncIterator[Relay]:
+    async with running_relay(tmp_path / "data", clock, database_url=database) as relay:
         yield relay
 
 

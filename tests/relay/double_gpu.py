@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx2
 from aiohttp import web
@@ -16,6 +17,7 @@ from aiohttp import web
 import wire
 
 BASE = "lab/tiny-llama"
+BASE_OF_PICTURES = "lab/tiny-sd"
 FRAMES = [f'data: {{"choices":[{{"index":0,"delta":{{"content":"{word}"}}}}]}}\n\n' for word in ("I'm", " fine", ".")]
 DONE = "data: [DONE]\n\n"
 
@@ -60,6 +62,7 @@ class DoubleGpu:
         self.left = asyncio.Event()  # a caller went away before the answer was complete
         self.instance = secrets.token_hex(16)
         self.url: str | None = None
+        self.active_requests = 0
         self.reply: wire.EnrolReply | None = None
         self._enrol_token, self._now, self._models = enrol_token, now, models
         self._seen = wire.SeenNonces()
@@ -74,7 +77,7 @@ class DoubleGpu:
 
     def offered(self) -> list[wire.OfferedModel]:
         return [
-            wire.OfferedModel(id=m, family="llama", n_layers=4, context_tokens=128, loaded=self.loaded)
+            wire.OfferedModel(id=m, family=_family(m), n_layers=4, context_tokens=128, loaded=self.loaded)
             for m in self._models
         ]
 
@@ -88,7 +91,7 @@ class DoubleGpu:
             device=wire.Device(
                 kind="cpu", name="test", memory_bytes=1, free_bytes=1, precision="float32", precision_why="a test"
             ),
-            families=["llama"],
+            families=sorted({_family(m) for m in self._models}),
             models=self.offered(),
             leases=list(leases),
         )
@@ -114,10 +117,13 @@ class DoubleGpu:
 
     async def beat(self, *leases: wire.HeldLease) -> wire.HeartbeatReply:
         beat = wire.Heartbeat(
-            free_bytes=1, models=self.offered(), leases=list(leases), active_requests=0, draining=self.draining
+            free_bytes=1,
+            models=self.offered(),
+            leases=list(leases),
+            active_requests=self.active_requests,
+            draining=self.draining,
         )
-        response = await self.call("POST", "/gpu/heartbeat", beat)
-        assert response.status_code == 200, response.text
+        response = (await self.call("POST", "/gpu/heartbeat", beat)).raise_for_status()
         return wire.HeartbeatReply.model_validate_json(response.content)
 
     async def until_reachable(self) -> None:
@@ -133,7 +139,26 @@ class DoubleGpu:
                     if isinstance(command, wire.GrantLease):
                         return command
 
-    async def report(self, grant: wire.GrantLease, *events: wire.JobEvent) -> httpx2.Response:
+    async def next_batch(self, *leases: wire.HeldLease) -> wire.GrantBatch:
+        async with asyncio.timeout(10):
+            while True:
+                for command in (await self.beat(*leases)).commands:
+                    if isinstance(command, wire.GrantBatch):
+                        return command
+
+    async def answer_rows(self, grant: wire.GrantBatch, *rows: int, fence: int = 0, **more: Any) -> httpx2.Response:
+        """A part with an answer to each of these, stored and told."""
+        lines = [answer_to(row, **more).model_dump_json().encode() + b"\n" for row in rows]
+        return await self.send_part(grant, b"".join(lines), fence)
+
+    async def send_part(self, grant: wire.GrantBatch, part: bytes, fence: int = 0) -> httpx2.Response:
+        job, sha256, fence = f"/gpu/jobs/{grant.job.job_id}", hashlib.sha256(part).hexdigest(), fence or grant.fence
+        stored = await self.call("PUT", f"{job}/chunks/{sha256}?fence={fence}", part)
+        if stored.status_code != 200:
+            return stored
+        return await self.call("POST", f"{job}/parts", wire.PartStored(fence=fence, sha256=sha256, bytes=len(part)))
+
+    async def report(self, grant: wire.GrantLease | wire.GrantBatch, *events: wire.JobEvent) -> httpx2.Response:
         batch = wire.JobEvents(fence=grant.fence, events=list(events))
         return await self.call("POST", f"/gpu/jobs/{grant.job.job_id}/events", batch)
 
@@ -143,7 +168,7 @@ class DoubleGpu:
     def blob_target(self, grant: wire.GrantLease, sha256: str) -> str:
         return f"/gpu/jobs/{grant.job.job_id}/blobs/{sha256}?fence={grant.fence}"
 
-    async def finish(self, grant: wire.GrantLease, result: wire.JobResult) -> httpx2.Response:
+    async def finish(self, grant: wire.GrantLease | wire.GrantBatch, result: wire.JobResult) -> httpx2.Response:
         return await self.call("POST", f"/gpu/jobs/{grant.job.job_id}/finish", result)
 
     async def succeed(self, grant: wire.GrantLease, blob: bytes = b"the trained tensors") -> httpx2.Response:
@@ -203,6 +228,10 @@ class DoubleGpu:
             raise
 
 
+def _family(model: str) -> wire.Family:
+    return "sd" if model == BASE_OF_PICTURES else "llama"
+
+
 async def say_layers(request: web.Request, body: bytes) -> web.StreamResponse:
     return web.json_response({"path": request.raw_path, "asked": json.loads(body) if body else None})
 
@@ -218,10 +247,18 @@ def result_of(grant: wire.GrantLease, blob: bytes) -> wire.JobResult:
     )
 
 
-def held(grant: wire.GrantLease) -> wire.HeldLease:
+def answer_to(row: int, status_code: int = 200, completion_tokens: int = 3) -> wire.RowAnswer:
+    """As a gpu gives it; of 400 it has an error."""
+    usage = {"prompt_tokens": 7, "completion_tokens": completion_tokens, "prompt_tokens_details": {"cached_tokens": 2}}
+    good = {"object": "chat.completion", "choices": [{"message": {"content": f"Fine, {row}."}}], "usage": usage}
+    body = good if status_code == 200 else wire.error_body("too long", type="invalid_request_error")
+    return wire.RowAnswer(row=row, status_code=status_code, request_id=f"req-{row}", body=body)
+
+
+def held(grant: wire.GrantLease | wire.GrantBatch) -> wire.HeldLease:
     return wire.HeldLease(job_id=grant.job.job_id, fence=grant.fence)
 
 
-def failed(grant: wire.GrantLease, *, retry: bool) -> wire.JobResult:
+def failed(grant: wire.GrantLease | wire.GrantBatch, *, retry: bool) -> wire.JobResult:
     error = wire.JobError(message="out of memory", code="out_of_memory", retry=retry)
     return wire.JobResult(fence=grant.fence, error=error)

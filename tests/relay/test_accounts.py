@@ -12,12 +12,13 @@ from relay.accounts import LAST_USED_EVERY_S, REMEMBERED_S, Accounts
 from relay.store import Store
 from tests.relay.conftest import ADMIN_KEY, Clock
 
+ON_BOTH_DATABASES = True
 ADMIN = f"Bearer {ADMIN_KEY}"
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = Store(f"sqlite+aiosqlite:///{tmp_path / 'relay.db'}")
+async def store(tmp_path: Path, database: str) -> AsyncIterator[Store]:
+    store = Store(database or f"sqlite+aiosqlite:///{tmp_path / 'relay.db'}")
     await store.open()
     yield store
     await store.close()

@@ -108,14 +108,17 @@ async def test_what_is_no_honest_zip_of_safetensors_and_json_is_refused_and_noth
     await refused(relay, zipped()[:-30], "is no zip")
     await refused(relay, zipped({CONFIG: b"{}"}), f"0 files {WEIGHTS}")
     await refused(relay, zipped(plain() | {"out/optimizer.pt": b"x"}), "can run code")
-    await refused(relay, zipped(plain() | {"../../etc/passwd": b"x"}), "leads out of it")
-    await refused(relay, zipped(plain() | {"/etc/passwd": b"x"}), "leads out of it")
+    await refused(relay, zipped(plain() | {"../../etc/passwd": b"x"}), "leads out of the zip")
+    await refused(relay, zipped(plain() | {"/etc/passwd": b"x"}), "leads out of the zip")
     await refused(relay, zipped(plain() | {f"n/{i}": b"" for i in range(200)}), "more than 100 entries")
     await refused(relay, zipped(plain() | {f"out/{WEIGHTS}": b"\x80\x04pickle"}), "no safetensors file")
     await refused(relay, zipped(plain() | {f"out/{CONFIG}": b"[" * 99_999}), "is not JSON")
     await refused(relay, zipped(told={"peft_type": "PREFIX_TUNING"}), "only LORA")
     await refused(relay, zipped(told={"r": 3}), "has rank 2 and 2")
     await refused(relay, zipped(told={"modules_to_save": None}), "does not name it")
+    await refused(relay, zipped(told={"alpha_pattern": {".*": float("inf")}}), "has inf")
+    no_number = safetensors.torch.save(tensors() | {f"base_model.model.{NORM}.weight": torch.full((H,), torch.nan)})
+    await refused(relay, zipped(plain() | {f"out/{WEIGHTS}": no_number}), f"{NORM}.weight has values that are no")
     damaged = bytearray(zipped())
     damaged[200] ^= 0xFF
     assert (await send(relay, bytes(damaged))).status_code == 400
@@ -129,7 +132,7 @@ async def test_a_link_in_a_zip_is_refused(relay: Relay, gpu: DoubleGpu) -> None:
         archive.writestr(link, "/etc/passwd")
         for name, content in plain().items():
             archive.writestr(name, content)
-    await refused(relay, out.getvalue(), "has a link")
+    await refused(relay, out.getvalue(), "is a link")
 
 
 async def test_a_zip_that_grows_beyond_the_limit_is_stopped_whatever_it_says_of_itself(

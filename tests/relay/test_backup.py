@@ -1,8 +1,11 @@
 """A backup of a relay that runs, and what a restore takes and refuses."""
 
+import fcntl
+import hashlib
 import io
 import json
 import os
+import signal
 import sqlite3
 import stat
 import tarfile
@@ -15,6 +18,7 @@ import httpx2
 import pytest
 
 from relay.backup import MANIFEST
+from tests.postgres import Postgres
 from tests.relay.conftest import CHAT_ROW
 from tests.relay.processes import RelayProcess, run
 
@@ -56,8 +60,13 @@ async def test_a_running_relay_is_backed_up_and_lives_on_elsewhere_with_the_same
     process: RelayProcess, tmp_path: Path
 ) -> None:
     file, saved = await upload(process), tmp_path / "saved.tar"
-    status, out, err = await backup(process, saved)
-    assert (status, err) == (0, "")
+    left, under_way = tmp_path / ".older.tar.part-0a1b2c3d", tmp_path / ".another.tar.part-0a1b2c3d"
+    left.touch()
+    with under_way.open("w") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        status, out, err = await backup(process, saved)
+    assert (status, err, left.exists(), under_way.exists()) == (0, "", False, True)
+    under_way.unlink()
     assert "admin.key and enrol.token too" in out
     assert stat.S_IMODE(saved.stat().st_mode) == 0o600
     later = await upload(process, CHAT_ROW * 2)
@@ -225,3 +234,126 @@ def changed(saved: bytes, change: Callable[[Files, dict[str, Any]], None]) -> by
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     return out.getvalue()
+
+
+# --- with PostgreSQL ---
+
+
+@pytest.fixture
+async def served(tmp_path: Path, postgres: Postgres) -> AsyncIterator[RelayProcess]:
+    name = postgres.new()
+    process = RelayProcess(tmp_path / "served", RELAY_DATABASE_URL=postgres.url(name))
+    await process.start()
+    yield process
+    await process.stop()
+    postgres.drop(name)
+
+
+async def saved_from(process: RelayProcess, target: Path, **changes: str) -> tuple[int, str, str]:
+    return await run(process.folder, "-m", "relay", "backup", str(target), **(process.changes | changes))
+
+
+async def test_a_relay_on_postgresql_is_backed_up_while_it_runs_and_lives_on_elsewhere(
+    served: RelayProcess, tmp_path: Path, postgres: Postgres
+) -> None:
+    file, saved = await upload(served), tmp_path / "saved.tar"
+    status, out, err = await saved_from(served, saved)
+    assert (status, err) == (0, "")
+    assert "1 blobs" in out
+    later = await upload(served, CHAT_ROW * 2)
+    with tarfile.open(saved) as tar:
+        assert {"manifest.json", "relay.pgdump", "admin.key", "enrol.token"} <= set(tar.getnames())
+
+    name = postgres.new(empty=True)
+    moved = RelayProcess(tmp_path / "elsewhere", RELAY_DATABASE_URL=postgres.url(name))
+    status, _, err = await restore(moved.folder, saved, **moved.changes)
+    assert (status, err) == (0, "")
+    await moved.start()
+    try:
+        assert await content(moved, file) == CHAT_ROW
+        async with client(moved) as http:
+            assert (await http.get(f"/v1/files/{later}")).status_code == 404
+        assert await upload(moved, CHAT_ROW * 3)
+    finally:
+        await moved.stop()
+        postgres.drop(name)
+    assert await content(served, later) == CHAT_ROW * 2
+
+
+async def test_a_restore_into_postgresql_moves_aside_what_is_there_and_touches_no_running_relay(
+    served: RelayProcess, tmp_path: Path, postgres: Postgres
+) -> None:
+    file, saved = await upload(served), tmp_path / "saved.tar"
+    assert (await saved_from(served, saved))[0] == 0
+    later = await upload(served, CHAT_ROW * 2)
+    url = served.changes["RELAY_DATABASE_URL"]
+    elsewhere = tmp_path / "elsewhere"
+    status, _, err = await restore(elsewhere, saved, RELAY_DATABASE_URL=url)
+    assert (status, "not empty" in err) == (2, True)
+    status, _, err = await restore(elsewhere, saved, "--replace", RELAY_DATABASE_URL=url)
+    assert (status, "stop it first" in err) == (2, True)
+    await served.stop(signal.SIGTERM)
+
+    status, out, err = await restore(served.folder, saved, "--replace", RELAY_DATABASE_URL=url)
+    assert (status, err) == (0, "")
+    assert "the schema before_restore_" in out
+    await served.start()
+    assert await content(served, file) == CHAT_ROW
+    async with client(served) as http:
+        assert (await http.get(f"/v1/files/{later}")).status_code == 404
+    again = tmp_path / "again.tar"
+    assert (await saved_from(served, again))[0] == 0  # and what lies aside is not in it
+    name = postgres.new(empty=True)
+    assert (await restore(elsewhere, again, RELAY_DATABASE_URL=postgres.url(name)))[0] == 0
+    schemas = postgres.execute("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'before%'", database=name)
+    assert schemas == []
+    postgres.drop(name)
+
+
+async def test_a_restore_into_postgresql_that_fails_leaves_what_was_there(
+    served: RelayProcess, tmp_path: Path, postgres: Postgres
+) -> None:
+    file, saved = await upload(served), tmp_path / "saved.tar"
+    assert (await saved_from(served, saved))[0] == 0
+    await served.stop(signal.SIGTERM)
+    spoiled = rewritten(saved, tmp_path / "spoiled.tar", "relay.pgdump", lambda dump: dump[: len(dump) // 2])
+    status, _, err = await restore(served.folder, spoiled, "--replace", **served.changes)
+    assert (status, "pg_restore failed" in err) == (2, True)
+    await served.start()
+    assert await content(served, file) == CHAT_ROW
+
+
+def rewritten(source: Path, target: Path, name: str, change: Callable[[bytes], bytes]) -> Path:
+    """With another content of one file, and a manifest that says so."""
+    with tarfile.open(source) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    files[name] = change(files[name])
+    manifest = json.loads(files.pop(MANIFEST))
+    manifest["files"][name] = {"sha256": hashlib.sha256(files[name]).hexdigest(), "bytes": len(files[name])}
+    with tarfile.open(target, "w") as tar:
+        for of, content in {MANIFEST: json.dumps(manifest).encode(), **files}.items():
+            entry = tarfile.TarInfo(of)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return target
+
+
+async def test_a_backup_goes_to_the_kind_of_database_that_it_came_from(
+    process: RelayProcess, served: RelayProcess, tmp_path: Path, postgres: Postgres
+) -> None:
+    assert (await backup(process, tmp_path / "lite.tar"))[0] == 0
+    assert (await saved_from(served, tmp_path / "server.tar"))[0] == 0
+    name = postgres.new(empty=True)
+    status, _, err = await restore(tmp_path / "new", tmp_path / "lite.tar", RELAY_DATABASE_URL=postgres.url(name))
+    assert (status, "of a relay on SQLite" in err) == (2, True)
+    status, _, err = await restore(tmp_path / "new", tmp_path / "server.tar")
+    assert (status, "of a relay on PostgreSQL" in err) == (2, True)
+    assert not (tmp_path / "new").exists()
+    postgres.drop(name)
+
+
+async def test_without_postgresqls_programs_a_backup_says_what_to_install(served: RelayProcess, tmp_path: Path) -> None:
+    status, _, err = await saved_from(served, tmp_path / "saved.tar", PATH=str(tmp_path))
+    assert status == 2
+    assert "pg_dump is not on the PATH" in err
+    assert len(err.splitlines()) == 1

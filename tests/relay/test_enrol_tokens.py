@@ -13,6 +13,7 @@ from tests.relay.double_gpu import BASE, DoubleGpu
 from tests.relay.test_gpu_api import BEAT, code_of
 from tests.relay.test_jobs import create
 
+ON_BOTH_DATABASES = True
 Gpus = Callable[[str], DoubleGpu]
 
 

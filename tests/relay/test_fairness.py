@@ -12,6 +12,7 @@ from relay import fairness
 from tests.relay.conftest import Relay
 from tests.relay.double_gpu import BASE, DoubleGpu, held
 
+ON_BOTH_DATABASES = True
 COSTS = st.lists(st.floats(30, 36_000), min_size=2, max_size=6)  # of each user's jobs
 
 

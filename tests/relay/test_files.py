@@ -9,6 +9,13 @@ import pytest
 
 from tests.relay.conftest import CHAT_ROW, Relay, until
 
+ON_BOTH_DATABASES = {  # the others are about HTTP
+    "test_a_file_comes_back_as_it_was_until_it_is_deleted",
+    "test_the_same_content_twice_is_stored_once_and_stays_for_the_second",
+    "test_pages_of_files_cover_all_of_them_in_order",
+    "test_a_caller_who_leaves_in_mid_upload_leaves_nothing",
+}
+
 
 async def test_a_file_comes_back_as_it_was_until_it_is_deleted(relay: Relay) -> None:
     content = CHAT_ROW.encode() * 2

@@ -113,6 +113,27 @@ async def test_of_a_picture_on_its_way_only_the_newest_is_kept_for_who_comes_bac
     assert again[-1] == frames[-1]
 
 
+async def test_large_pictures_one_after_the_other_are_whole_though_all_of_them_are_too_much(
+    relay: Relay, gpu: DoubleGpu
+) -> None:
+    async def draw(request: web.Request, body: bytes) -> web.StreamResponse:
+        response = await start_stream(request)
+        for index in range(json.loads(body)["n"]):
+            shown = {"type": "image_generation.completed", "b64_json": "a" * 9 * 2**20, "index": index}
+            await response.write(f"data: {json.dumps(shown)}\n\n".encode())
+        await response.write(DONE.encode())
+        return response
+
+    async def last(n: int) -> Any:
+        ask = {"kind": "image", "body": {"model": BASE, "prompt": "a heart", "n": n}}
+        async with relay.http.stream("POST", "/api/generations", json=ask) as response:
+            return (await Reader(response).rest())[-1][1]
+
+    gpu.answer = draw
+    assert [await last(4) for _ in range(3)] == ["[DONE]"] * 3
+    assert (await last(8))["error"]["code"] == "request_too_large"
+
+
 async def test_without_a_gpu_it_waits_and_is_answered_when_one_comes(relay: Relay) -> None:
     async with relay.gpu() as gpu:
         pass  # the model is known now, and its gpu gone

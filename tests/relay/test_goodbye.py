@@ -1,7 +1,7 @@
 """A gpu that stops says so: its jobs wait again at once, and nothing is sent to it any more."""
 
 import wire
-from relay.blobs import Blobs
+from relay.blobs import FolderBlobs
 from relay.leases import Leases, Match
 from relay.store import Store
 from tests.relay.conftest import Relay
@@ -39,7 +39,7 @@ async def test_a_match_seen_before_the_goodbye_is_not_claimed_after_it(relay: Re
     await gpu.call("POST", "/gpu/goodbye", wire.Goodbye(reason="stopped by its owner"))
     job = await relay.openai.fine_tuning.jobs.create(model=BASE, training_file=await relay.upload())
     store = Store(relay.settings.database)  # as another process of the relay would
-    leases = Leases(store, Blobs(relay.settings.data_dir / "blobs"), relay.settings, relay.clock)
+    leases = Leases(store, FolderBlobs(relay.settings.data_dir / "blobs"), relay.settings, relay.clock)
     assert await leases.claim(Match(job.id, gpu.by.gpu_id, gpu.by.epoch)) is None
     await store.close()
     assert (await relay.openai.fine_tuning.jobs.retrieve(job.id)).status == "queued"

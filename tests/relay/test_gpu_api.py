@@ -16,6 +16,13 @@ from tests.relay.conftest import Relay
 from tests.relay.double_gpu import DoubleGpu, held
 from tests.relay.test_jobs import create
 
+ON_BOTH_DATABASES = {  # the others are about HTTP
+    "test_enrolling_again_is_the_same_gpu_and_ends_the_old_epoch",
+    "test_a_number_that_no_column_holds_is_refused",
+    "test_a_fence_that_no_column_holds_is_refused",
+    "test_a_blob_is_asked_for_before_it_is_sent",
+    "test_another_gpu_can_not_write_to_a_job",
+}
 BEAT = wire.Heartbeat(free_bytes=1, models=[], leases=[], active_requests=0).model_dump_json().encode()
 
 

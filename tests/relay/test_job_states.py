@@ -5,15 +5,15 @@ import asyncio
 import hashlib
 import json
 import shutil
-import sqlite3
 import tempfile
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack, closing
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,10 +24,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sqlalchemy import ColumnElement, Row, Select, func, select
 
 import wire
 from relay.leases import MAX_ATTEMPTS
-from relay.tables import LEASED, OPEN
+from relay.store import Store
+from relay.tables import LEASED, OPEN, checkpoints, job_events, jobs, models
+from tests.postgres import Postgres
 from tests.relay.conftest import ADMIN_KEY, CHAT_ROW, ENROL_TOKEN, Clock, Relay, running_relay
 from tests.relay.double_gpu import BASE, DoubleGpu, failed, held, result_of
 
@@ -65,7 +68,7 @@ class Machine:
 class Jobs(RuleBasedStateMachine):
     """No rule says what must come of it: the oracle is the row as it stood before, and the invariants."""
 
-    def __init__(self) -> None:
+    def __init__(self, database: str = "") -> None:
         super().__init__()
         self.loop = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.folder = Path(tempfile.mkdtemp(prefix="im-fine-jobs-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None))
@@ -75,7 +78,9 @@ class Jobs(RuleBasedStateMachine):
         self.gpus: list[Machine] = []
         self.given: list[Given] = []
         self.jobs: list[str] = []
-        self.was: dict[str, sqlite3.Row] = {}  # the rows as the last invariant saw them
+        self.was: dict[str, Row[Any]] = {}  # the rows as the last invariant saw them
+        self.database = database
+        self.store = Store(database or f"sqlite+aiosqlite:///{self.folder / 'relay.db'}")
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run(coroutine)
@@ -84,6 +89,7 @@ class Jobs(RuleBasedStateMachine):
         async def close() -> None:
             await self.stack.aclose()
             await self.serving.aclose()
+            await self.store.close()
 
         self.run(close())
         self.loop.close()
@@ -106,8 +112,9 @@ class Jobs(RuleBasedStateMachine):
         self.a_gpu_beats(0, obeys=True)
 
     async def _serve(self) -> None:
-        changes = {"lease_s": LEASE_S, "heartbeat_s": 0.2}
-        self.relay: Relay = await self.serving.enter_async_context(running_relay(self.folder, self.clock, **changes))
+        changes = {"lease_s": LEASE_S, "heartbeat_s": 0.2, "database_url": self.database}
+        serving = running_relay(self.folder, self.clock, **changes)
+        self.relay: Relay = await self.serving.enter_async_context(serving)
         for gpu in self.gpus:
             gpu.double.http.base_url = httpx2.URL(self.relay.url)
 
@@ -191,9 +198,9 @@ class Jobs(RuleBasedStateMachine):
             answer = self.run(self._ask(key, "POST", f"/v1/fine_tuning/jobs/{job_id}/{word}"))
             if answer.status_code != 404:
                 break
-        assert answer.status_code == (200 if before["status"] in OPEN else 409), answer.text
+        assert answer.status_code == (200 if before.status in OPEN else 409), answer.text
         if answer.status_code == 200 and word == "cancel":
-            assert self.job(job_id)["status"] == "cancelled"
+            assert self.job(job_id).status == "cancelled"
 
     @rule(which=ANY, on=st.booleans())
     def a_gpu_is_drained_or_not(self, which: int, on: bool) -> None:
@@ -221,8 +228,8 @@ class Jobs(RuleBasedStateMachine):
             await self._serve()
 
         self.run(restart())
-        for row in self.rows("select * from jobs"):
-            assert row["status"] not in LEASED or row["lease_until"] > self.clock(), "no term of grace"
+        for row in self.rows(select(jobs)):
+            assert row.status not in LEASED or row.lease_until > self.clock(), "no term of grace"
 
     # --- a write of a gpu, and what it must do ---
 
@@ -243,15 +250,15 @@ class Jobs(RuleBasedStateMachine):
         else:
             blob = b"the trained tensors"
             result = result_of(given.grant, blob) if what == "finish" else failed(given.grant, retry=what == "retry")
-            repeats = (before["fence"], before["last_gpu_id"]) == (fence, double.by.gpu_id) and bool(
-                before["result"] and json.loads(before["result"]) == json.loads(result.model_dump_json())
+            repeats = (before.fence, before.last_gpu_id) == (fence, double.by.gpu_id) and bool(
+                before.result and before.result == json.loads(result.model_dump_json())
             )
             if stands and what == "finish":
                 assert self.run(double.upload(given.grant, blob)).status_code == 200
             answer = self.run(double.finish(given.grant, result))
-        if repeats and before["status"] == "queued" and answer.status_code == 409:
+        if repeats and before.status == "queued" and answer.status_code == 409:
             return  # it was dealt out again between the look and the write
-        assert (answer.status_code == 200) == (stands or repeats), (what, answer.status_code, answer.text, dict(before))
+        assert (answer.status_code == 200) == (stands or repeats), (what, answer.status_code, answer.text, before)
         if not stands:
             assert repeats or answer.status_code == 409, answer.text
             return
@@ -261,7 +268,7 @@ class Jobs(RuleBasedStateMachine):
         if what in ("finish", "fail", "retry", "release"):
             given.gpu.holds.pop(job_id, None)
         if what == "finish":
-            assert self.job(job_id)["status"] == "succeeded"
+            assert self.job(job_id).status == "succeeded"
 
     async def _checkpoint(self, given: Given) -> httpx2.Response:
         chunk = f"{given.grant.job.job_id} {given.grant.fence} {given.step}".encode()
@@ -282,34 +289,37 @@ class Jobs(RuleBasedStateMachine):
         """Whether that lease is this gpu's now. Only the clock, which a rule moves, could take it away meanwhile."""
         job, by = self.job(job_id), gpu.double.by
         return bool(
-            job["status"] in LEASED
-            and (job["fence"], job["gpu_id"], job["gpu_epoch"]) == (fence, by.gpu_id, by.epoch)
-            and job["lease_until"] > self.clock()
+            job.status in LEASED
+            and (job.fence, job.gpu_id, job.gpu_epoch) == (fence, by.gpu_id, by.epoch)
+            and job.lease_until > self.clock()
         )
 
     # --- what holds all the time ---
 
-    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
-        with closing(sqlite3.connect(f"file:{self.folder}/relay.db?mode=ro", uri=True)) as db:
-            db.row_factory = sqlite3.Row
-            return db.execute(query, values).fetchall()
+    def rows(self, query: Select[Any]) -> Sequence[Row[Any]]:
+        async def read() -> Sequence[Row[Any]]:
+            async with self.store.read() as db:
+                found: Sequence[Row[Any]] = (await db.execute(query)).all()
+                return found
 
-    def job(self, job_id: str) -> sqlite3.Row:
-        (row,) = self.rows("select * from jobs where id = ?", job_id)
+        return self.run(read())
+
+    def job(self, job_id: str) -> Row[Any]:
+        (row,) = self.rows(select(jobs).where(jobs.c.id == job_id))
         return row
 
     @invariant()
     def each_job_is_in_one_state_and_looks_like_it(self) -> None:
         holders = []
-        for job in self.rows("select * from jobs") if self.jobs else ():
-            assert job["status"] in STATUSES
-            lease = (job["gpu_id"], job["gpu_epoch"], job["lease_until"], job["leased_at"])
-            assert all(x is not None for x in lease) if job["status"] in LEASED else not any(lease), dict(job)
-            assert (job["finished_at"] is not None) == (job["status"] not in OPEN)
-            assert job["attempts"] <= MAX_ATTEMPTS
-            assert (job["fine_tuned_model"] is not None) == (job["status"] == "succeeded")
-            assert (job["error"] is not None) == (job["status"] == "failed")
-            holders += [job["gpu_id"]] if job["gpu_id"] else []
+        for job in self.rows(select(jobs)) if self.jobs else ():
+            assert job.status in STATUSES
+            lease = (job.gpu_id, job.gpu_epoch, job.lease_until, job.leased_at)
+            assert all(x is not None for x in lease) if job.status in LEASED else not any(lease), job
+            assert (job.finished_at is not None) == (job.status not in OPEN)
+            assert job.attempts <= MAX_ATTEMPTS
+            assert (job.fine_tuned_model is not None) == (job.status == "succeeded")
+            assert (job.error is not None) == (job.status == "failed")
+            holders += [job.gpu_id] if job.gpu_id else []
         assert len(holders) == len(set(holders)), "a gpu has two jobs"
 
     @invariant()
@@ -317,40 +327,52 @@ class Jobs(RuleBasedStateMachine):
         for job_id in self.jobs:
             job, was = self.job(job_id), self.was.get(job_id)
             if was is not None:
-                assert job["fence"] >= was["fence"]
-                if was["status"] not in OPEN:
-                    assert dict(job) == dict(was)
-                elif job["status"] in LEASED and was["status"] not in LEASED:
-                    assert job["fence"] > was["fence"]
+                assert job.fence >= was.fence
+                if was.status not in OPEN:
+                    assert job == was
+                elif job.status in LEASED and was.status not in LEASED:
+                    assert job.fence > was.fence
             self.was[job_id] = job
 
     @invariant()
     def a_success_is_one_model_and_checkpoints_are_of_open_jobs(self) -> None:
         if not self.jobs:
             return
-        models = [row["job_id"] for row in self.rows("select job_id from models")]
-        assert sorted(models) == sorted(
-            row["id"] for row in self.rows("select id from jobs where status = 'succeeded'")
-        )
-        for row in self.rows("select job_id, count(*) as n from checkpoints group by job_id"):
-            assert self.job(row["job_id"])["status"] in OPEN
-            assert row["n"] <= 3
+        made = {row.job_id for row in self.rows(select(models.c.job_id))}
+        assert made == {row.id for row in self.rows(select(jobs.c.id).where(jobs.c.status == "succeeded"))}
+        kept = select(checkpoints.c.job_id, func.count().label("n")).group_by(checkpoints.c.job_id)
+        for row in self.rows(kept):
+            assert self.job(row.job_id).status in OPEN
+            assert row.n <= 3
 
     @invariant()
     def what_was_acknowledged_is_there_once(self) -> None:
         for given in self.given:
-            query = "select seq from job_events where job_id = ? and fence = ? and seq is not null order by seq"
-            rows = self.rows(query, given.grant.job.job_id, given.grant.fence)
-            assert [row["seq"] for row in rows] == given.told
+            mine: ColumnElement[bool] = job_events.c.job_id == given.grant.job.job_id
+            mine &= (job_events.c.fence == given.grant.fence) & job_events.c.seq.is_not(None)
+            rows = self.rows(select(job_events.c.seq).where(mine).order_by(job_events.c.seq))
+            assert [row.seq for row in rows] == given.told
 
 
-def test_a_job_keeps_to_its_states_whatever_happens_in_whatever_order() -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_job_keeps_to_its_states_whatever_happens_in_whatever_order(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     chosen = settings(
-        max_examples=8,
+        max_examples=8 if kind == "sqlite" else 3,
         stateful_step_count=40,
         deadline=None,
         derandomize=True,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(Jobs, settings=chosen)
+    if kind == "sqlite":
+        run_state_machine_as_test(Jobs, settings=chosen)
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+
+    class OnThatServer(Jobs):
+        def __init__(self) -> None:
+            super().__init__(server.url(server.new()))
+
+    run_state_machine_as_test(OnThatServer, settings=chosen)

@@ -10,11 +10,20 @@ import openai
 import pytest
 from aiohttp import web
 from openai.types.fine_tuning import FineTuningJob
+from sqlalchemy import select
 
 import wire
-from relay.leases import KEPT_S
+from relay.dispatcher import HandOut
+from relay.leases import KEPT_S, Leases
+from relay.metrics import Metrics
+from relay.peers import Peers
+from relay.storage import blobs_of
+from relay.store import Store
+from relay.tables import jobs
 from tests.relay.conftest import CHAT_ROW, Clock, Relay, running_relay, until
 from tests.relay.double_gpu import BASE, DoubleGpu, failed, held, result_of
+
+ON_BOTH_DATABASES = True
 
 
 async def create(relay: Relay, **more: Any) -> FineTuningJob:
@@ -132,8 +141,8 @@ async def test_data_whose_file_is_deleted_goes_when_the_job_is_over(relay: Relay
     assert data not in [path.name for path in relay.stored()]
 
 
-async def test_a_start_sweeps_up_old_blobs_that_nothing_names(tmp_path: Path, clock: Clock) -> None:
-    async with running_relay(tmp_path, clock) as relay, relay.gpu() as gpu:
+async def test_a_start_sweeps_up_old_blobs_that_nothing_names(tmp_path: Path, clock: Clock, database: str) -> None:
+    async with running_relay(tmp_path, clock, database_url=database) as relay, relay.gpu() as gpu:
         await tuned_model(relay, gpu)
         await relay.upload(CHAT_ROW * 5)
         lost = await create(relay)
@@ -148,7 +157,7 @@ async def test_a_start_sweeps_up_old_blobs_that_nothing_names(tmp_path: Path, cl
         young = set(relay.stored()) - kept - left
         assert len(left) == len(young) == 1
         await gpu.enrol()  # it holds the job no more
-    async with running_relay(tmp_path, clock) as relay:
+    async with running_relay(tmp_path, clock, database_url=database) as relay:
         await until(lambda: set(relay.stored()) == kept | young)
         await asyncio.sleep(0.1)
         assert set(relay.stored()) == kept | young
@@ -398,14 +407,14 @@ async def test_a_gpu_that_enrols_again_keeps_the_lease_it_names(relay: Relay, gp
     assert (await gpu.succeed(grant)).status_code == 200
 
 
-async def test_the_relays_own_absence_costs_nobody_a_lease(tmp_path: Path, clock: Clock) -> None:
-    async with running_relay(tmp_path / "data", clock) as relay, relay.gpu() as gpu:
+async def test_the_relays_own_absence_costs_nobody_a_lease(tmp_path: Path, clock: Clock, database: str) -> None:
+    async with running_relay(tmp_path / "data", clock, database_url=database) as relay, relay.gpu() as gpu:
         job = await create(relay)
         grant = await gpu.next_grant()
         await gpu.report(grant)
         reply = gpu.reply
     clock.advance(3600)
-    async with running_relay(tmp_path / "data", clock) as relay, relay.gpu(enrol=False) as gpu:
+    async with running_relay(tmp_path / "data", clock, database_url=database) as relay, relay.gpu(enrol=False) as gpu:
         gpu.reply = reply
         assert (await gpu.beat(held(grant))).commands == []
         assert (await gpu.succeed(grant)).status_code == 200
@@ -456,8 +465,8 @@ async def test_a_report_is_read_as_data_and_as_a_page_that_runs_nothing(relay: R
     assert page.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_a_report_outlives_the_sweep_and_goes_with_its_model(tmp_path: Path, clock: Clock) -> None:
-    async with running_relay(tmp_path, clock) as relay, relay.gpu() as gpu:
+async def test_a_report_outlives_the_sweep_and_goes_with_its_model(tmp_path: Path, clock: Clock, database: str) -> None:
+    async with running_relay(tmp_path, clock, database_url=database) as relay, relay.gpu() as gpu:
         job_id, model = await reported(relay, gpu)
         await create(relay)
         await gpu.upload(await gpu.next_grant(), b"a result that nobody finishes")
@@ -465,7 +474,7 @@ async def test_a_report_outlives_the_sweep_and_goes_with_its_model(tmp_path: Pat
         before = len(relay.stored())
         for path in relay.stored():
             os.utime(path, (0, 0))
-    async with running_relay(tmp_path, clock) as relay:
+    async with running_relay(tmp_path, clock, database_url=database) as relay:
         await until(lambda: len(relay.stored()) == before - 1)
         await report_goes_with(relay, job_id, model)
 
@@ -560,3 +569,29 @@ async def test_what_a_diverged_job_keeps_goes_when_it_is_cancelled_or_after_a_we
 
     await until(gone)
     assert (await relay.http.post(f"/v1/fine_tuning/jobs/{other}/resume")).status_code == 409
+
+
+async def test_no_lease_is_over_that_nobody_could_renew(tmp_path: Path, clock: Clock, database: str) -> None:
+    async with running_relay(tmp_path, clock, database_url=database) as relay, relay.gpu() as gpu:
+        await create(relay)
+        await gpu.next_grant()
+        settings = relay.settings
+    store = Store(settings.database)
+    peers = Peers(store, settings, clock)
+    hand_out = HandOut(Leases(store, blobs_of(settings), settings, clock), Metrics(), peers.is_watching)
+
+    async def lease() -> Any:
+        async with store.read() as db:
+            return (await db.execute(select(jobs.c.status, jobs.c.lease_until))).one()
+
+    clock.advance(settings.lease_s + 1)  # meanwhile no relay was here
+    await hand_out.round()
+    assert (await lease()).status == "leased"
+    await peers.join()
+    assert (await lease()).lease_until == clock() + settings.lease_s, "a full term again"
+    await hand_out.round()
+    assert (await lease()).status == "leased"
+    clock.advance(settings.lease_s + 1)  # now one watches, and the gpu has not been heard
+    await hand_out.round()
+    assert (await lease()).status == "queued"
+    await store.close()

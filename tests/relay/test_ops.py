@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx2
 
+from relay.blobs import FolderBlobs
 from relay.health import Health
 from relay.settings import Settings
 from relay.store import Store
@@ -45,12 +46,12 @@ async def test_every_reason_is_told_and_nothing_that_a_stranger_should_not_know(
     folder, stopping = tmp_path / "data", asyncio.Event()
     store = Store(f"sqlite+aiosqlite:///{folder / 'relay.db'}")
     try:
-        health = Health(store, Settings(data_dir=folder), stopping)
+        health = Health(store, FolderBlobs(folder), Settings(data_dir=folder), stopping)
         assert [r.code for r in await health.reasons()] == ["database", "disk"]  # the folder is not there
         folder.mkdir()
         await store.open()
-        assert await Health(store, Settings(data_dir=folder), stopping).reasons() == []
-        full = Health(store, Settings(data_dir=folder, min_free_bytes=2**62), stopping)
+        assert await Health(store, FolderBlobs(folder), Settings(data_dir=folder), stopping).reasons() == []
+        full = Health(store, FolderBlobs(folder), Settings(data_dir=folder, min_free_bytes=2**62), stopping)
         assert [r.code for r in await full.reasons()] == ["disk"]
         stopping.set()
         assert [r.code for r in await full.reasons()] == ["stopping", "disk"]
@@ -63,7 +64,7 @@ async def test_many_who_ask_at_once_cost_one_look(tmp_path: Path) -> None:
     store = Store(f"sqlite+aiosqlite:///{tmp_path / 'relay.db'}")
     try:
         await store.open()
-        health = Health(store, Settings(data_dir=tmp_path), asyncio.Event())
+        health = Health(store, FolderBlobs(tmp_path), Settings(data_dir=tmp_path), asyncio.Event())
         found = await asyncio.gather(*(health.reasons() for _ in range(100)))
         assert all(reasons is found[0] for reasons in found)
     finally:

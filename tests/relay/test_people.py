@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 import wire
 from relay import errors
 from relay.accounts import Accounts
-from relay.blobs import Blobs
+from relay.blobs import FolderBlobs
 from relay.passwords import Passwords
 from relay.people import People
 from relay.sessions import PAGE_HEADER
@@ -20,6 +20,7 @@ from tests.relay.conftest import CHAT_ROW, Clock, Relay, running_relay, until
 from tests.relay.double_gpu import DoubleGpu, held
 from tests.relay.test_jobs import create, tuned_model
 
+ON_BOTH_DATABASES = True
 WORD = "ten letters or more"
 NOBODYS = (audit, base_models, enrol_tokens, gpus, offers)
 
@@ -66,10 +67,9 @@ async def test_all_that_is_a_users_goes_and_what_is_anothers_stays(relay: Relay,
     assert (await theirs.http.get("/api/me")).status_code == 401
 
     async def gone() -> bool:
-        return await rows(store) == before
+        return await rows(store) == before and sorted(relay.stored()) == blobs
 
     await until(gone)
-    assert sorted(relay.stored()) == blobs
     cancel = wire.CancelLease(job_id=job.id, fence=grant.fence)
     assert (await gpu.beat(held(grant))).commands == [cancel]
     assert (await gpu.report(grant)).status_code == 409
@@ -77,18 +77,19 @@ async def test_all_that_is_a_users_goes_and_what_is_anothers_stays(relay: Relay,
     await theirs.openai.close()
 
 
-async def test_a_deletion_that_was_cut_off_is_finished_after_the_start(tmp_path: Path, clock: Clock) -> None:
-    async with running_relay(tmp_path / "data", clock) as relay:
+async def test_a_deletion_that_was_cut_off_is_finished_after_the_start(
+    tmp_path: Path, clock: Clock, database: str
+) -> None:
+    async with running_relay(tmp_path / "data", clock, database_url=database) as relay:
         theirs = await bora(relay)
         await theirs.upload()
         await theirs.http.aclose()
         await theirs.openai.close()
-        database = relay.settings.database
-    store = Store(database)
-    people = People(store, Blobs(tmp_path / "data" / "blobs", 0), Accounts(store, clock), clock)
+    store = Store(relay.settings.database)
+    people = People(store, FolderBlobs(tmp_path / "data" / "blobs", 0), Accounts(store, clock), clock)
     await people.delete("bora")  # and the power fails
     assert (await rows(store))["files"] == 1
-    async with running_relay(tmp_path / "data", clock) as relay:
+    async with running_relay(tmp_path / "data", clock, database_url=database) as relay:
 
         async def gone() -> bool:
             return (await rows(store))["users"] == 1 and not relay.stored()
@@ -126,7 +127,7 @@ async def test_the_admin_deletes_others_and_stays(relay: Relay) -> None:
 async def test_who_is_disabled_is_not_let_in_until_enabled_again(store: Store, relay: Relay, clock: Clock) -> None:
     accounts = Accounts(store, clock)
     _, key = await accounts.create_key("bora")
-    people = People(store, Blobs(relay.settings.data_dir / "blobs", 0), accounts, clock)
+    people = People(store, FolderBlobs(relay.settings.data_dir / "blobs", 0), accounts, clock)
     await people.disable("bora")
     with pytest.raises(errors.InvalidKey):
         await accounts.user_of(f"Bearer {key}")

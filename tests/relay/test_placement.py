@@ -6,6 +6,7 @@ import wire
 from tests.relay.conftest import Relay
 from tests.relay.double_gpu import BASE, DoubleGpu, held
 
+ON_BOTH_DATABASES = True
 NEEDED = 8 * 2**30
 
 

@@ -12,6 +12,7 @@ import wire
 from tests.relay.conftest import CHAT_ROW, Relay
 from tests.relay.double_gpu import BASE, DoubleGpu, result_of
 
+ON_BOTH_DATABASES = True
 BESIDES = 4 * 2**20  # set aside for any job
 
 

@@ -16,6 +16,7 @@ from relay.usage import StreamMeter
 from tests.relay.conftest import CHAT_ROW, Clock, Relay, running_relay, until
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, say_fine, start_stream
 
+ON_BOTH_DATABASES = True
 CHAT: Any = {"model": BASE, "messages": [{"role": "user", "content": "How are you?"}]}
 PATIENCE_S = 30.0
 ROWS = CHAT_ROW.encode() * 3
@@ -138,9 +139,9 @@ async def test_a_key_whose_month_is_spent_is_refused_until_the_next_and_no_other
         assert (shown["tokens"], shown["spend"], shown["spend_per_month"]) == (20, 2.0, 2.0)
 
 
-async def test_a_new_month_begins_with_nothing(tmp_path: Path, clock: Clock) -> None:
+async def test_a_new_month_begins_with_nothing(tmp_path: Path, clock: Clock, database: str) -> None:
     clock.now = datetime(2026, 11, 30, 23, 59, tzinfo=UTC).timestamp()
-    async with running_relay(tmp_path, clock) as relay, relay.gpu() as gpu:
+    async with running_relay(tmp_path, clock, database_url=database) as relay, relay.gpu() as gpu:
         gpu.answer = telling
         made = (await relay.http.post("/api/keys", json={"tokens_per_month": 10})).json()
         async with relay.client(made["key"]) as client:
@@ -152,7 +153,7 @@ async def test_a_new_month_begins_with_nothing(tmp_path: Path, clock: Clock) -> 
             await client.chat.completions.create(**CHAT)
         assert (await used(relay))["month"] == "2026-12"
         assert (await used(relay))["tokens"] == 10
-    async with running_relay(tmp_path, clock) as relay:  # and it outlives the process
+    async with running_relay(tmp_path, clock, database_url=database) as relay:  # and it outlives the process
         assert (await used(relay))["tokens"] == 10
 
 

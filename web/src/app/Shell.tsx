@@ -25,6 +25,7 @@ import css from './Shell.module.css';
 const SCREENS = [
   { to: '/', icon: 'spark', words: 'app.generate' },
   { to: '/training', icon: 'layers', words: 'app.training' },
+  { to: '/batches', icon: 'file', words: 'app.batches' },
   { to: '/gpus', icon: 'chip', words: 'app.gpus' },
   { to: '/keys', icon: 'key', words: 'app.keys' },
   { to: '/people', icon: 'people', words: 'app.people', admin: true },

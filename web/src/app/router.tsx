@@ -29,6 +29,20 @@ export const router = createBrowserRouter([
           { path: ':id', lazy: async () => ({ Component: (await import('@/features/training/JobPage')).JobPage }) },
         ],
       },
+      {
+        path: 'batches',
+        children: [
+          {
+            index: true,
+            lazy: async () => ({ Component: (await import('@/features/batches/BatchesPage')).BatchesPage }),
+          },
+          {
+            path: 'new',
+            lazy: async () => ({ Component: (await import('@/features/batches/NewBatchPage')).NewBatchPage }),
+          },
+          { path: ':id', lazy: async () => ({ Component: (await import('@/features/batches/BatchPage')).BatchPage }) },
+        ],
+      },
       { path: 'gpus', lazy: async () => ({ Component: (await import('@/features/gpus/GpusPage')).GpusPage }) },
       {
         path: 'gpus/tokens',

@@ -36,6 +36,7 @@ export const list = <T extends z.ZodType>(item: T) => z.object({ data: z.array(i
 export const modelLayers = z.object({
   n_layers: z.number(),
   parts: z.record(z.string(), z.number()),
+  layers: z.array(z.object({ block: z.string().optional() })).default([]), // named where they are blocks of a UNet
 });
 export type ModelLayers = z.infer<typeof modelLayers>;
 
@@ -44,6 +45,7 @@ export const layerSpec = z.object({
   parts: z.array(z.string()),
   layers: z.string(),
   match: z.string().nullish(),
+  component: z.string().nullish(), // of a model that is more than one network
   rank: z.number().optional(),
   alpha: z.number().nullish(),
   rslora: z.boolean().optional(),
@@ -63,7 +65,7 @@ export const preview = z.object({
   trainable_parameters: z.number(),
   total_parameters: z.number(),
   memory_bytes: z.record(z.string(), z.number()),
-  batch: z.object({ rows: z.number(), tokens: z.number() }),
+  batch: z.object({ rows: z.number(), tokens: z.number().optional(), width: z.number().optional() }),
   prefix_bytes: z.number().optional(), // of the frozen layers' output on the gpu's disk
   checkpoint_bytes: z.number().optional(),
   time_s: z.number().optional(), // where the gpu can tell
@@ -82,14 +84,28 @@ export const preview = z.object({
 });
 export type Preview = z.infer<typeof preview>;
 
+export const dataKind = z.enum(['text', 'pictures']).catch('text'); // older relays know text alone
+export type DataKind = z.infer<typeof dataKind>;
+
 export const file = z.object({
   id: z.string(),
   filename: z.string(),
   bytes: z.number(),
   created_at: z.number(),
   rows: z.number(),
+  kind: dataKind,
+  captioned: z.number().nullish(), // pictures with a caption: all of them or none
 });
 export type DataFile = z.infer<typeof file>;
+
+/** What pictures without captions show. */
+export const concept = z.object({
+  prompt: z.string(),
+  class_prompt: z.string().nullish(),
+  class_pictures: z.number().optional(),
+  prior_weight: z.number().optional(),
+});
+export type Concept = z.infer<typeof concept>;
 
 export const hyperparameters = z.record(z.string(), z.unknown()); // numbers, "auto", and what later servers add
 
@@ -109,6 +125,7 @@ export const job = z.object({
   training_file: z.string(),
   validation_file: z.string().nullable(),
   sample_prompts: z.array(z.string()).default([]),
+  concept: concept.nullish(),
   trained_tokens: z.number().nullable(),
   error: z.object({ message: z.string(), code: z.string().nullish() }).nullable(),
   user_provided_suffix: z.string().nullable(),
@@ -125,7 +142,9 @@ export const report = z.object({
   perplexity: z.object({ before: z.number().nullable(), after: z.number().nullable() }).optional(),
   answers: z.array(z.object({ prompt: z.string(), before: z.string(), after: z.string() })).default([]),
   changes: z
-    .object({ layers: z.array(z.object({ layer: z.number().nullable(), relative_change: z.number() })) })
+    .object({
+      layers: z.array(z.object({ layer: z.union([z.number(), z.string()]).nullable(), relative_change: z.number() })),
+    })
     .optional(),
 });
 export type Report = z.infer<typeof report>;
@@ -141,6 +160,42 @@ export const jobEvent = z.object({
   data: z.record(z.string(), z.unknown()),
 });
 export type JobEvent = z.infer<typeof jobEvent>;
+
+export const batchStatus = z
+  .enum(['validating', 'in_progress', 'finalizing', 'completed', 'expired', 'cancelling', 'cancelled', 'failed'])
+  .catch('in_progress');
+export type BatchStatus = z.infer<typeof batchStatus>;
+
+export const batch = z.object({
+  id: z.string(),
+  endpoint: z.string(),
+  model: z.string(),
+  status: batchStatus,
+  errors: z.object({ data: z.array(z.object({ message: z.string(), code: z.string().nullish() })) }).nullable(),
+  input_file_id: z.string(),
+  output_file_id: z.string().nullable(),
+  error_file_id: z.string().nullable(),
+  created_at: z.number(),
+  expires_at: z.number(),
+  finalizing_at: z.number().nullable(),
+  completed_at: z.number().nullable(),
+  failed_at: z.number().nullable(),
+  expired_at: z.number().nullable(),
+  cancelled_at: z.number().nullable(),
+  request_counts: z.object({ total: z.number(), completed: z.number(), failed: z.number() }),
+  usage: z.object({ input_tokens: z.number(), output_tokens: z.number() }),
+  metadata: z.record(z.string(), z.string()).nullable(),
+  gpu: z.string().nullable(),
+  attempts: z.number(),
+  paused: z.boolean(),
+  pausing: z.boolean(),
+  estimated_finish: z.number().nullable(),
+  waiting_for: z.object({ reason: z.string(), message: z.string() }).nullish(),
+});
+export type Batch = z.infer<typeof batch>;
+
+/** Whom the rows of a batch's file ask, and where. */
+export const batchFileReport = z.object({ rows: z.number(), endpoint: z.string(), model: z.string() });
 
 export const gpu = z.object({
   id: z.string(),
@@ -325,3 +380,27 @@ export const fileReport = z.object({
   seen: seen.optional(),
 });
 export type FileReport = z.infer<typeof fileReport>;
+
+const named = z.object({ name: z.string(), message: z.string() });
+/** Of a zip of pictures. */
+export const pictureReport = z.object({
+  rows: z.number(),
+  captioned: z.number(),
+  errors: z.record(z.string(), z.number()),
+  first_errors: z.array(named),
+  repaired: z.record(z.string(), z.number()),
+  formats: z.record(z.string(), z.number()),
+  duplicates: z.number(),
+  duplicate_names: z.array(z.string()),
+  ignored: z.number(),
+  ignored_names: z.array(z.string()),
+  smallest_side: z.number().nullable(),
+  median_side: z.number().nullable(),
+  largest_side: z.number().nullable(),
+  sample: z
+    .array(
+      z.object({ name: z.string(), caption: z.string(), width: z.number(), height: z.number(), thumbnail: z.string() }),
+    )
+    .default([]),
+});
+export type PictureReport = z.infer<typeof pictureReport>;

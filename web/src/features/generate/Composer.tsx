@@ -13,15 +13,16 @@ interface Props {
   disabled: boolean;
   label: string;
   placeholder: string;
+  draft: string; // what stands there at first
   onSend: (text: string) => void;
   onStop: () => void;
   ref?: Ref<ComposerHandle>;
 }
 
 /** Enter sends and shift-enter breaks the line; an input method that is composing a letter keeps its enter. */
-export function Composer({ running, disabled, label, placeholder, onSend, onStop, ref }: Props) {
+export function Composer({ running, disabled, label, placeholder, draft, onSend, onStop, ref }: Props) {
   const { t } = useTranslation();
-  const [text, setText] = useState('');
+  const [text, setText] = useState(draft);
   const field = useRef<HTMLTextAreaElement>(null);
   useImperativeHandle(ref, () => ({
     write: (words) => {

@@ -6,7 +6,7 @@ import type { Family, Model } from '@/types/api';
 import { ActionIcon, Button, Drawer, Skeleton, Text, Title, UnstyledButton } from '@mantine/core';
 import { useDisclosure, useMediaQuery } from '@mantine/hooks';
 import { useQuery } from '@tanstack/react-query';
-import { useEffect, useLayoutEffect, useRef, type RefObject } from 'react';
+import { useEffect, useLayoutEffect, useRef, useState, type RefObject } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link, useSearchParams } from 'react-router';
 import { Composer, type ComposerHandle } from './Composer';
@@ -49,8 +49,9 @@ export function GeneratePage() {
   const composer = useRef<ComposerHandle>(null);
   useEffect(resume, []);
 
-  // ?model=… is how other screens say "chat with it".
+  // ?model=… is how other screens say "chat with it", and &prompt=… what they would ask.
   const named = params.get('model');
+  const [draft] = useState(() => params.get('prompt') ?? '');
   useEffect(() => {
     if (named) {
       setSettings({ model: named });
@@ -130,6 +131,7 @@ export function GeneratePage() {
           <div className={css.foot}>
             <Composer
               ref={composer}
+              draft={draft}
               running={running}
               disabled={!how}
               label={t(LABELS[how?.kind ?? 'chat'])}

@@ -1,5 +1,6 @@
 import { ErrorNote } from '@/components/ErrorNote';
-import { addRows, createDataset, filesQuery } from '@/features/training/queries';
+import { filesQuery } from '@/features/files/queries';
+import { addRows, createDataset } from '@/features/training/queries';
 import { Alert, Button, Group, Select, Stack, Text, Textarea, TextInput } from '@mantine/core';
 import { useMutation, useQuery, useQueryClient } from '@tanstack/react-query';
 import { useState } from 'react';
@@ -12,7 +13,7 @@ import { exampleOf } from './example';
 export function KeepAnswer({ turn, onDone }: { turn: Turn; onDone: () => void }) {
   const { t } = useTranslation();
   const queryClient = useQueryClient();
-  const files = useQuery(filesQuery);
+  const files = useQuery(filesQuery('fine-tune'));
   const sets = files.data?.filter((each) => each.filename.endsWith('.jsonl')) ?? []; // what can be added to
   const [answer, setAnswer] = useState(turn.answer.trim());
   const [chosen, setChosen] = useState<string | null>(null); // null: the newest, until another is chosen
@@ -23,7 +24,7 @@ export function KeepAnswer({ turn, onDone }: { turn: Turn; onDone: () => void })
       const row = exampleOf(turn, answer);
       return into ? addRows(into, [row]) : createDataset(name.trim() || t('data.newNamePlaceholder'), [row]);
     },
-    onSuccess: () => queryClient.invalidateQueries({ queryKey: filesQuery.queryKey }),
+    onSuccess: () => queryClient.invalidateQueries({ queryKey: filesQuery('fine-tune').queryKey }),
   });
   if (keeping.data) {
     const { filename, rows, added } = keeping.data;

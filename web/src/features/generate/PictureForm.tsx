@@ -1,6 +1,17 @@
 import { Fold } from '@/components/Fold';
 import { Icon } from '@/components/Icon';
-import { Button, FileButton, NumberInput, Select, Slider, Stack, Text, Textarea, TextInput } from '@mantine/core';
+import {
+  Button,
+  FileButton,
+  NumberInput,
+  Select,
+  Slider,
+  Stack,
+  Switch,
+  Text,
+  Textarea,
+  TextInput,
+} from '@mantine/core';
 import { useTranslation } from 'react-i18next';
 import css from './Pictures.module.css';
 import { isSize, MOST_PICTURES, SCHEDULERS, type PictureSettings } from './pictures';
@@ -58,6 +69,12 @@ export function PictureForm({ picture, onChange }: Props) {
             min={1}
             max={200}
             allowDecimal={false}
+          />
+          <Switch
+            label={t('pictures.fast')}
+            description={t('pictures.fastText')}
+            checked={picture.fast}
+            onChange={(event) => set({ fast: event.currentTarget.checked })}
           />
           <NumberInput {...number('guidance')} description={t('pictures.guidanceText')} min={0} max={100} step={0.5} />
           <Select

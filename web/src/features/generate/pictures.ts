@@ -1,7 +1,7 @@
 /** How a picture is asked for: the settings, and their wire form. No React. */
 
 export const SCHEDULERS = ['ddim', 'pndm', 'euler', 'euler_a', 'dpm++', 'unipc', 'heun', 'deis'] as const;
-export const MOST_PICTURES = 8;
+export const MOST_PICTURES = 10;
 
 export interface PictureSettings {
   negative: string;
@@ -12,6 +12,7 @@ export interface PictureSettings {
   seed: number | null; // null: another one each time
   n: number;
   previews: number;
+  fast: boolean; // two steps of three take over what is deep
   selfAttention: number; // dials of the UNet alone; the others are in DialValues
   crossAttention: number;
   start: string | null; // a data URL: the picture to begin with
@@ -27,6 +28,7 @@ export const DEFAULT_PICTURE: PictureSettings = {
   seed: null,
   n: 1,
   previews: 5,
+  fast: false,
   selfAttention: 1,
   crossAttention: 1,
   start: null,
@@ -42,6 +44,7 @@ export function wirePicture(set: PictureSettings): Record<string, unknown> {
     steps: set.steps,
     guidance: set.guidance,
     partial_images: set.previews,
+    ...(set.fast ? { fast: true } : {}),
     ...(set.negative.trim() ? { negative_prompt: set.negative.trim() } : {}),
     ...(set.size ? { size: set.size } : {}),
     ...(set.scheduler ? { scheduler: set.scheduler } : {}),

@@ -48,6 +48,8 @@ export function GpuCard({ gpu }: { gpu: Gpu }) {
       t('gpus.job'),
       gpu.job === null ? (
         t('gpus.idle')
+      ) : gpu.job.id?.startsWith('batch_') ? (
+        `${gpu.job.id.slice(0, 14)}…`
       ) : gpu.job.id ? (
         <Anchor component={Link} to={`/training/${gpu.job.id}`}>
           {gpu.job.id.slice(0, 14)}…

@@ -11,7 +11,7 @@ import { importModel, type Import } from './queries';
 export function ImportModel({ onDone }: { onDone: () => void }) {
   const { t } = useTranslation();
   const queryClient = useQueryClient();
-  const bases = useQuery(modelsQuery).data?.filter((each) => each.parent === null && each.family !== 'sd') ?? [];
+  const bases = useQuery(modelsQuery).data?.filter((each) => each.parent === null) ?? [];
   const [file, setFile] = useState<File | null>(null);
   const [chosen, setChosen] = useState<string | null>(null);
   const [suffix, setSuffix] = useState('');
@@ -41,7 +41,7 @@ export function ImportModel({ onDone }: { onDone: () => void }) {
           placeholder={t('models.importChoose')}
           value={file}
           onChange={setFile}
-          accept=".zip,application/zip"
+          accept=".zip,.safetensors,application/zip"
         />
         <Select
           label={t('models.importBase')}

@@ -17,7 +17,7 @@ import { useState } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link, useNavigate } from 'react-router';
 import { ImportModel } from './ImportModel';
-import { deleteModel, exportModel } from './queries';
+import { deleteModel, exportModel, type LoraForm } from './queries';
 
 export function ModelsPage() {
   const { t } = useTranslation();
@@ -81,8 +81,9 @@ export function ModelsPage() {
 function ModelRow({ model, onDelete }: { model: Model; onDelete: () => void }) {
   const { t, i18n } = useTranslation();
   const navigate = useNavigate();
-  const exporting = useMutation({ mutationFn: () => exportModel(model.id) });
+  const exporting = useMutation({ mutationFn: (form?: LoraForm) => exportModel(model.id, form) });
   const name = shortName(model);
+  const draws = model.family === 'sd';
   return (
     <Row
       name={name}
@@ -105,9 +106,9 @@ function ModelRow({ model, onDelete }: { model: Model; onDelete: () => void }) {
           to={`/?model=${encodeURIComponent(model.id)}`}
           variant="light"
           size="compact-sm"
-          aria-label={t('models.chatNamed', { name })}
+          aria-label={t(draws ? 'pictured.drawNamed' : 'models.chatNamed', { name })}
         >
-          {t('models.chat')}
+          {t(draws ? 'pictured.draw' : 'models.chat')}
         </Button>
         <Menu position="bottom-end" shadow="md">
           <Menu.Target>
@@ -125,7 +126,14 @@ function ModelRow({ model, onDelete }: { model: Model; onDelete: () => void }) {
             <Menu.Item onClick={() => void navigate('/training/new', { state: { model: model.id } })}>
               {t('models.further')}
             </Menu.Item>
-            <Menu.Item onClick={() => exporting.mutate()}>{t('models.export')}</Menu.Item>
+            {draws ? (
+              <>
+                <Menu.Item onClick={() => exporting.mutate('diffusers')}>{t('models.exportDiffusers')}</Menu.Item>
+                <Menu.Item onClick={() => exporting.mutate('kohya')}>{t('models.exportKohya')}</Menu.Item>
+              </>
+            ) : (
+              <Menu.Item onClick={() => exporting.mutate(undefined)}>{t('models.export')}</Menu.Item>
+            )}
             <Menu.Item color="red" onClick={onDelete}>
               {t('models.delete')}
             </Menu.Item>
@@ -133,7 +141,7 @@ function ModelRow({ model, onDelete }: { model: Model; onDelete: () => void }) {
         </Menu>
       </Group>
       <Dialog opened={exporting.isError} onClose={exporting.reset} title={t('models.export')}>
-        <ErrorNote error={exporting.error} retry={() => exporting.mutate()} />
+        <ErrorNote error={exporting.error} retry={() => exporting.mutate(exporting.variables)} />
       </Dialog>
     </Row>
   );

@@ -5,8 +5,14 @@ const path = (id: string) => id.split('/').map(encodeURIComponent).join('/');
 
 export const deleteModel = (id: string): Promise<void> => api.delete(`/v1/models/${path(id)}`);
 
-export const exportModel = (id: string): Promise<void> =>
-  download(`/v1/models/${path(id)}/export`, `${id.replace(/[^\w.-]/g, '-')}.zip`);
+export type LoraForm = 'diffusers' | 'kohya';
+
+/** peft's zip of a model of text; of one that draws, a LoRA in the form that is named. */
+export const exportModel = (id: string, form?: LoraForm): Promise<void> =>
+  download(
+    `/v1/models/${path(id)}/export${form ? `?format=${form}` : ''}`,
+    `${id.replace(/[^\w.-]/g, '-')}${form ? '.safetensors' : '.zip'}`,
+  );
 
 export interface Import {
   file: File;

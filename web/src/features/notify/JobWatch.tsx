@@ -1,31 +1,54 @@
+import { nameOf } from '@/features/batches/name';
 import { api } from '@/lib/api';
-import { job, list, type Job, type JobStatus } from '@/types/api';
+import { batch, job, list } from '@/types/api';
 import { useQuery } from '@tanstack/react-query';
 import { useEffect, useRef } from 'react';
 import { useTranslation } from 'react-i18next';
 import { useNavigate } from 'react-router';
-import { isEnded, justEnded } from './ended';
+import { endOf, justEnded, seenAfter, type Seen, type Watched } from './ended';
 import { useNotify } from './setting';
 
 const LOOK_EVERY_MS = 5_000; // browsers slow it down to once a minute in a tab that is long hidden
 
-interface Look {
-  at: number;
-  jobs: Job[];
+interface Told extends Watched {
+  kind: 'training' | 'batch';
+  path: string;
+  name: string | null | undefined;
+  model: string;
 }
 
-/** Looks at the newest jobs while the page is open, and tells of those that have ended. */
+async function look(signal: AbortSignal): Promise<Told[]> {
+  const [jobs, batches] = await Promise.all([
+    api.get('/v1/fine_tuning/jobs?limit=20', list(job), signal),
+    api.get('/v1/batches?limit=20', list(batch), signal),
+  ]);
+  return [
+    ...jobs.data.map((each) => ({
+      ...each,
+      kind: 'training' as const,
+      end: endOf(each.status),
+      path: `/training/${each.id}`,
+      name: each.user_provided_suffix,
+    })),
+    ...batches.data.map((each) => ({
+      ...each,
+      kind: 'batch' as const,
+      end: endOf(each.status),
+      path: `/batches/${each.id}`,
+      name: nameOf(each),
+    })),
+  ];
+}
+
+/** Looks at the newest trainings and batches while the page is open, and tells of those that have ended. */
 export function JobWatch() {
   const { t } = useTranslation();
   const navigate = useNavigate();
   const on = useNotify() === 'on';
-  const before = useRef<{ at: number; seen: Map<string, JobStatus> } | null>(null);
+  const before = useRef<Seen | null>(null);
   const { data } = useQuery({
     queryKey: ['job-watch'],
-    queryFn: async ({ signal }): Promise<Look> => {
-      const at = Date.now() / 1000;
-      return { at, jobs: (await api.get('/v1/fine_tuning/jobs?limit=20', list(job), signal)).data };
-    },
+    queryFn: ({ signal }) => look(signal),
     enabled: on,
     refetchInterval: LOOK_EVERY_MS,
     refetchIntervalInBackground: true,
@@ -34,18 +57,14 @@ export function JobWatch() {
   useEffect(() => {
     if (!on) before.current = null;
     if (!on || !data) return;
-    const last = before.current;
-    for (const each of justEnded(last?.seen ?? null, data.jobs, last?.at ?? 0)) {
-      const path = `/training/${each.id}`;
-      if (document.hasFocus() && window.location.pathname === path) continue; // it is being looked at
-      const name = each.user_provided_suffix ?? t('job.untitled');
-      const title = isEnded(each.status) ? t(`notify.${each.status}`, { name }) : name;
-      const body = t('notify.body', { model: each.model.split('/').at(-1) });
-      show(title, body, each.id, () => void navigate(path));
+    for (const each of justEnded(before.current, data)) {
+      if (document.hasFocus() && window.location.pathname === each.path) continue; // it is being looked at
+      const name = each.name ?? t(each.kind === 'training' ? 'job.untitled' : 'batches.untitled');
+      const title = each.end ? t(`notify.${each.end}`, { name }) : name;
+      const body = t(`notify.${each.kind}`, { model: each.model.split('/').at(-1) });
+      show(title, body, each.id, () => void navigate(each.path));
     }
-    const seen = new Map(last?.seen);
-    for (const each of data.jobs) seen.set(each.id, each.status);
-    before.current = { at: data.at, seen };
+    before.current = seenAfter(before.current, data);
   }, [on, data, t, navigate]);
   return null;
 }

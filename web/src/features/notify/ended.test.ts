@@ -1,32 +1,48 @@
-import type { Job, JobStatus } from '@/types/api';
+import type { BatchStatus, JobStatus } from '@/types/api';
 import { expect, it } from 'vitest';
-import { justEnded } from './ended';
+import { endOf, justEnded, seenAfter, type End, type Watched } from './ended';
 
-const job = (id: string, status: JobStatus, created_at = 10): Job => ({ id, status, created_at }) as Job;
-const ids = (jobs: Job[]) => jobs.map((each) => each.id);
+const made = (id: string, end: End | null, created_at = 10): Watched => ({ id, end, created_at });
+const ids = (found: Watched[]) => found.map((each) => each.id);
 
 it('tells nothing at the first look', () => {
-  expect(justEnded(null, [job('a', 'succeeded')], 0)).toEqual([]);
+  expect(justEnded(null, [made('a', 'succeeded')])).toEqual([]);
 });
 
 it('tells each end once, however it ended', () => {
-  const seen = new Map<string, JobStatus>([
-    ['a', 'running'],
-    ['b', 'queued'],
-    ['c', 'paused'],
-    ['d', 'failed'],
-    ['e', 'running'],
-  ]);
+  const first = ['a', 'b', 'c', 'e'].map((id) => made(id, null));
+  const seen = seenAfter(null, [...first, made('d', 'failed')]);
   const now = [
-    job('a', 'succeeded'),
-    job('b', 'cancelled'),
-    job('c', 'failed'),
-    job('d', 'failed'),
-    job('e', 'running'),
+    made('a', 'succeeded'),
+    made('b', 'cancelled'),
+    made('c', 'expired'),
+    made('d', 'failed'),
+    made('e', null),
   ];
-  expect(ids(justEnded(seen, now, 0))).toEqual(['a', 'b', 'c']);
+  expect(ids(justEnded(seen, now))).toEqual(['a', 'b', 'c']);
+  expect(justEnded(seenAfter(seen, now), now)).toEqual([]);
 });
 
-it('tells of one that began and ended between two looks, and of no old one', () => {
-  expect(ids(justEnded(new Map(), [job('new', 'succeeded', 30), job('old', 'succeeded', 10)], 20))).toEqual(['new']);
+it('tells of one that began and ended between two looks, in the same second too, and of no old one', () => {
+  const seen = seenAfter(null, [made('known', null, 20)]);
+  const now = [made('new', 'succeeded', 30), made('same second', 'completed', 20), made('old', 'succeeded', 10)];
+  expect(ids(justEnded(seen, now))).toEqual(['new', 'same second']);
+  expect(ids(justEnded(seenAfter(null, []), now))).toHaveLength(3);
+});
+
+it.each<[JobStatus | BatchStatus, boolean]>([
+  ['queued', false],
+  ['running', false],
+  ['paused', false],
+  ['succeeded', true],
+  ['failed', true],
+  ['cancelled', true],
+  ['validating', false],
+  ['in_progress', false],
+  ['finalizing', false],
+  ['cancelling', false],
+  ['completed', true],
+  ['expired', true],
+])('knows whether %s is an end', (status, ends) => {
+  expect(endOf(status)).toBe(ends ? status : null);
 });

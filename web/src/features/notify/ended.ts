@@ -1,18 +1,37 @@
-/** Which jobs have ended between two looks. No React, no browser. */
-import type { Job, JobStatus } from '@/types/api';
+/** What has ended between two looks: trainings and batches. No React, no browser. */
+import type { BatchStatus, JobStatus } from '@/types/api';
 
-export const ENDED = ['succeeded', 'failed', 'cancelled'] as const satisfies readonly JobStatus[];
-export type Ended = (typeof ENDED)[number];
+const ENDS = ['succeeded', 'completed', 'failed', 'expired', 'cancelled'] as const satisfies readonly (
+  JobStatus | BatchStatus
+)[];
+export type End = (typeof ENDS)[number];
 
-export const isEnded = (status: JobStatus): status is Ended => (ENDED as readonly JobStatus[]).includes(status);
+export interface Watched {
+  id: string;
+  created_at: number;
+  end: End | null; // null: it goes on
+}
 
-/** `seen`: as the look before had it; null at the first, when what has ended already is no news. */
-export function justEnded(seen: ReadonlyMap<string, JobStatus> | null, jobs: readonly Job[], since: number): Job[] {
-  if (seen === null) return [];
-  return jobs.filter((job) => {
-    if (!isEnded(job.status)) return false;
-    const before = seen.get(job.id);
+export const endOf = (status: JobStatus | BatchStatus): End | null => ENDS.find((each) => each === status) ?? null;
+
+/** What is known after a look; `newest`: when the newest was created, by the relay's clock. */
+export interface Seen {
+  ends: ReadonlyMap<string, End | null>;
+  newest: number;
+}
+
+export const seenAfter = (before: Seen | null, now: readonly Watched[]): Seen => ({
+  ends: new Map([...(before?.ends ?? []), ...now.map(({ id, end }) => [id, end] as const)]),
+  newest: Math.max(before?.newest ?? 0, ...now.map((each) => each.created_at)),
+});
+
+/** `before`: null at the first look, when what has ended already is no news. */
+export function justEnded<T extends Watched>(before: Seen | null, now: readonly T[]): T[] {
+  if (before === null) return [];
+  return now.filter((each) => {
+    if (!each.end) return false;
+    const end = before.ends.get(each.id);
     // One that was not there before was begun and ended in between, or stands on another page of the list.
-    return before === undefined ? job.created_at >= since : !isEnded(before);
+    return end === undefined ? each.created_at >= before.newest : end === null;
   });
 }

@@ -2,7 +2,7 @@ import { Confirm } from '@/components/Confirm';
 import { Dialog } from '@/components/Dialog';
 import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
-import type { Job } from '@/types/api';
+import type { DataKind, Job } from '@/types/api';
 import { Button, Text } from '@mantine/core';
 import { useDisclosure } from '@mantine/hooks';
 import { useMutation } from '@tanstack/react-query';
@@ -10,35 +10,63 @@ import { useTranslation } from 'react-i18next';
 import { useNavigate } from 'react-router';
 import { cancelJob, pauseJob, resumeJob, resumeSlower } from './queries';
 
-/** Or its opposite. The stream tells what comes of it. */
-export function Pause({ job }: { job: Job }) {
+interface PauseProps {
+  goesOn: boolean; // it is paused, or about to be: then the opposite is offered
+  act: () => Promise<unknown>;
+}
+
+export function Pause({ goesOn, act }: PauseProps) {
   const { t } = useTranslation();
-  const goesOn = job.pausing || job.status === 'paused';
-  const changing = useMutation({ mutationFn: goesOn ? resumeJob : pauseJob });
+  const changing = useMutation({ mutationFn: act });
   return (
     <>
       {changing.error ? <ErrorNote error={changing.error} /> : null}
-      <Button variant="default" loading={changing.isPending} onClick={() => changing.mutate(job.id)}>
+      <Button variant="default" loading={changing.isPending} onClick={() => changing.mutate()}>
         {t(goesOn ? 'job.resume' : 'job.pause')}
       </Button>
     </>
   );
 }
 
-export function Cancel({ job }: { job: Job }) {
+/** The stream tells what comes of it. */
+export function PauseJob({ job }: { job: Job }) {
+  const goesOn = job.pausing || job.status === 'paused';
+  return <Pause goesOn={goesOn} act={() => (goesOn ? resumeJob(job.id) : pauseJob(job.id))} />;
+}
+
+interface CancelProps {
+  open: string;
+  title: string;
+  text: string;
+  act: () => Promise<unknown>;
+}
+
+export function Cancel({ open, title, text, act }: CancelProps) {
   const { t } = useTranslation();
   const [opened, modal] = useDisclosure(false);
   return (
     <>
       <Button variant="default" onClick={modal.open}>
-        {t('job.cancel')}
+        {open}
       </Button>
-      <Dialog opened={opened} onClose={modal.close} title={t('job.cancelTitle')}>
-        <Confirm yes={t('job.cancelYes')} no={t('job.cancelNo')} act={() => cancelJob(job.id)} onDone={modal.close}>
-          <Text size="sm">{t('job.cancelText')}</Text>
+      <Dialog opened={opened} onClose={modal.close} title={title}>
+        <Confirm yes={t('job.cancelYes')} no={t('job.cancelNo')} act={act} onDone={modal.close}>
+          <Text size="sm">{text}</Text>
         </Confirm>
       </Dialog>
     </>
+  );
+}
+
+export function CancelJob({ job, kind }: { job: Job; kind: DataKind }) {
+  const { t } = useTranslation();
+  return (
+    <Cancel
+      open={t('job.cancel')}
+      title={t('job.cancelTitle')}
+      text={t(kind === 'pictures' ? 'pictured.cancelText' : 'job.cancelText')}
+      act={() => cancelJob(job.id)}
+    />
   );
 }
 

@@ -4,9 +4,9 @@ import type { JobEvent } from '@/types/api';
 import { useTranslation } from 'react-i18next';
 import css from './JobPage.module.css';
 
-/** What a person would want to know first; every step's line is folded away. */
-export function Events({ events }: { events: readonly JobEvent[] }) {
-  const { t, i18n } = useTranslation();
+/** What a person would want to know first; every step's line is folded away, under the name of such steps. */
+export function Events({ events, steps: name }: { events: readonly JobEvent[]; steps: string }) {
+  const { i18n } = useTranslation();
   const told = events.filter((event) => event.type !== 'metrics' || event.level !== 'info');
   const steps = events.filter((event) => event.type === 'metrics').slice(-200);
   const line = (event: JobEvent) => (
@@ -21,8 +21,8 @@ export function Events({ events }: { events: readonly JobEvent[] }) {
     <>
       <ol className={css.events}>{told.map(line)}</ol>
       {steps.length > 0 ? (
-        <Fold title={`${t('job.step')} (${steps.length})`}>
-          <ol className={`${css.events} ${css.steps}`} tabIndex={0} aria-label={t('job.step')}>
+        <Fold title={`${name} (${steps.length})`}>
+          <ol className={`${css.events} ${css.steps}`} tabIndex={0} aria-label={name}>
             {steps.map(line).reverse()}
           </ol>
         </Fold>

@@ -1,18 +1,21 @@
 import { gpusQuery } from '@/features/gpus/queries';
-import type { Job, LayerSpec } from '@/types/api';
+import type { Concept, DataKind, Job, LayerSpec } from '@/types/api';
 import { Badge, Text } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import type { ReactNode } from 'react';
 import { useTranslation } from 'react-i18next';
-import { CHOICES, HYPER, type ChoiceName, type HyperName } from './form';
+import { useHyperWords } from './HyperForm';
+import { CHOICES, CLASS_PICTURES, HYPER, type ChoiceName, type HyperName } from './form';
 import css from './JobPage.module.css';
 import { methodWords } from './LayersForm';
 import type { Progress } from './progress';
-import { fileQuery } from './queries';
+import { fileQuery } from '@/features/files/queries';
 
 /** How the job was asked for, and what became of what was left on "auto". */
-export function Facts({ job, progress }: { job: Job; progress: Progress }) {
+export function Facts({ job, progress, kind }: { job: Job; progress: Progress; kind: DataKind }) {
   const { t } = useTranslation();
+  const words = useHyperWords(kind);
+  const ofPictures = kind === 'pictures';
   const gpus = useQuery({ ...gpusQuery, refetchInterval: false });
   const gpu = gpus.data?.find((each) => each.id === job.gpu);
   const settings = HYPER.flatMap((name): [string, ReactNode][] => {
@@ -27,7 +30,7 @@ export function Facts({ job, progress }: { job: Job; progress: Progress }) {
     );
     return [
       [
-        t(`hyper.${name}`),
+        words(name),
         <>
           <Words name={name} value={value} />
           {mark}
@@ -37,15 +40,25 @@ export function Facts({ job, progress }: { job: Job; progress: Progress }) {
   });
   const rows: [string, ReactNode][] = [
     [t('training.stepModel'), job.model],
-    [t('job.examples'), <FileName key="training" id={job.training_file} />],
+    [t(ofPictures ? 'pictured.dataTitle' : 'job.examples'), <FileName key="training" id={job.training_file} />],
     ...(job.validation_file
-      ? [[t('run.validationFile'), <FileName key="valid" id={job.validation_file} />] as [string, ReactNode]]
+      ? [
+          [
+            t(ofPictures ? 'pictured.validation' : 'run.validationFile'),
+            <FileName key="valid" id={job.validation_file} />,
+          ] as [string, ReactNode],
+        ]
+      : []),
+    ...(job.concept
+      ? [[t('pictured.concepts'), <Shows key="concept" concept={job.concept} />] as [string, ReactNode]]
       : []),
     [t('training.layers'), job.layers.map((spec, i) => <Spec key={i} spec={spec} />)],
     ...settings,
     ...(job.gpu ? [[t('job.gpu'), gpu?.name ?? job.gpu] as [string, ReactNode]] : []),
     ...(job.attempts > 0 ? [[t('job.attempts'), job.attempts] as [string, ReactNode]] : []),
-    ...(progress.tokens ? [[t('job.tokens'), progress.tokens.toLocaleString()] as [string, ReactNode]] : []),
+    ...(progress.seen
+      ? [[t(ofPictures ? 'pictured.tokens' : 'job.tokens'), progress.seen.toLocaleString()] as [string, ReactNode]]
+      : []),
   ];
   return (
     <>
@@ -78,7 +91,19 @@ function Words({ name, value }: { name: HyperName; value: unknown }) {
 function FileName({ id }: { id: string }) {
   const { t } = useTranslation();
   const file = useQuery(fileQuery(id)).data;
-  return file ? `${file.filename} · ${t('training.rows', { count: file.rows })}` : id;
+  const rows = file?.kind === 'pictures' ? 'pictured.rows' : 'training.rows';
+  return file ? `${file.filename} · ${t(rows, { count: file.rows })}` : id;
+}
+
+function Shows({ concept }: { concept: Concept }) {
+  const { t } = useTranslation();
+  const { prompt, class_prompt: ofKind, class_pictures: count = CLASS_PICTURES, prior_weight: weight = 1 } = concept;
+  return (
+    <>
+      <div>“{prompt}”</div>
+      {ofKind ? <div>{t('pictured.conceptClass', { prompt: ofKind, count, weight })}</div> : null}
+    </>
+  );
 }
 
 function Spec({ spec }: { spec: LayerSpec }) {
@@ -87,6 +112,7 @@ function Spec({ spec }: { spec: LayerSpec }) {
     `${t(methodWords(spec.method))} ${spec.method === 'full' ? '' : (spec.rank ?? '')}`.trim(),
     spec.rslora ? 'rsLoRA' : null,
     spec.quantize && spec.quantize !== 'none' ? t(`hyper.quantize_${spec.quantize}`) : null,
+    spec.component ?? null,
     spec.parts.join(', '),
     spec.layers,
     spec.match ?? null,

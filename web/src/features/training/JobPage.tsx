@@ -5,30 +5,37 @@ import { Card, Page } from '@/components/Page';
 import { NotifyOffer } from '@/features/notify/NotifyOffer';
 import { ApiError } from '@/lib/api';
 import { duration } from '@/lib/format';
-import type { Job } from '@/types/api';
-import { Alert, Anchor, Button, Group, Progress as Bar, Text } from '@mantine/core';
+import { modelsQuery } from '@/features/generate/queries';
+import type { DataKind, Job } from '@/types/api';
+import { Alert, Button, Group, Progress as Bar, Text } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import { useEffect, useMemo, useState } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link, useParams } from 'react-router';
-import { Again, Cancel, Pause, Slower } from './JobActions';
+import { Again, CancelJob, PauseJob, Slower } from './JobActions';
 import { Events } from './JobEvents';
 import { Facts } from './JobFacts';
 import css from './JobPage.module.css';
 import { LossChart } from './LossChart';
+import { kindOf } from './ModelChoice';
 import { isOpen, progressOf, type Progress } from './progress';
 import { checkpointsQuery } from './queries';
 import { ReportCard } from './ReportCard';
 import { SampleAnswers } from './SampleAnswers';
+import { SamplePictures } from './SamplePictures';
+import { arePictures } from './samples';
 import { StatusBadge } from './StatusBadge';
 import { useJobStream } from './useJobStream';
 import { hasVitals, Vitals } from './Vitals';
+import { Waiting } from './Waiting';
 
 export function JobPage() {
   const { t } = useTranslation();
   const { id = '' } = useParams();
   const { job, events, connected, error } = useJobStream(id);
   const progress = useMemo(() => progressOf(events), [events]);
+  const kind = useKind(job, progress);
+  const ofPictures = kind === 'pictures';
   const back = <BackLink to="/training">{t('job.allJobs')}</BackLink>;
   if (error || !job) {
     return (
@@ -44,8 +51,8 @@ export function JobPage() {
       actions={
         isOpen(job) ? (
           <Group gap="sm">
-            <Pause job={job} />
-            <Cancel job={job} />
+            <PauseJob job={job} />
+            <CancelJob job={job} kind={kind} />
           </Group>
         ) : (
           <Group gap="sm">
@@ -56,10 +63,10 @@ export function JobPage() {
       }
     >
       <div className={css.cards}>
-        <State job={job} progress={progress} connected={connected} />
-        <Card title={t('job.loss')}>
+        <State job={job} progress={progress} connected={connected} ofPictures={ofPictures} />
+        <Card title={t(ofPictures ? 'pictured.loss' : 'job.loss')}>
           <Text size="sm" c="dimmed" mt={-10}>
-            {t('job.lossText')}
+            {t(ofPictures ? 'pictured.lossText' : 'job.lossText')}
           </Text>
           {progress.train.length > 0 ? (
             <LossChart train={progress.train} valid={progress.valid} totalSteps={progress.totalSteps} />
@@ -71,31 +78,47 @@ export function JobPage() {
         </Card>
         {hasVitals(progress) ? (
           <Card title={t(isOpen(job) ? 'run.vitals' : 'run.vitalsEnded')}>
-            <Vitals progress={progress} />
+            <Vitals progress={progress} kind={kind} />
           </Card>
         ) : null}
         {progress.samples.length > 0 || (isOpen(job) && job.sample_prompts.length > 0) ? (
-          <Card title={t('run.samples')}>
-            {progress.samples.length > 0 ? (
+          <Card title={t(ofPictures ? 'pictured.samples' : 'run.samples')}>
+            {arePictures(progress.samples) ? (
+              <SamplePictures samples={progress.samples} />
+            ) : progress.samples.length > 0 ? (
               <SampleAnswers samples={progress.samples} />
             ) : (
-              <Text c="dimmed">{t('run.samplesNone')}</Text>
+              <Text c="dimmed">{t(ofPictures ? 'pictured.samplesNone' : 'run.samplesNone')}</Text>
             )}
           </Card>
         ) : null}
-        {job.status === 'succeeded' ? <ReportCard job={job} /> : null}
+        {job.status === 'succeeded' ? <ReportCard job={job} kind={kind} /> : null}
         <Card title={t('job.settings')}>
-          <Facts job={job} progress={progress} />
+          <Facts job={job} progress={progress} kind={kind} />
         </Card>
         <Card title={t('job.events')}>
-          <Events events={events} />
+          <Events events={events} steps={t('job.step')} />
         </Card>
       </div>
     </Page>
   );
 }
 
-function State({ job, progress, connected }: { job: Job; progress: Progress; connected: boolean }) {
+/** What it learns from: its model says so, and where that is gone, what the gpu chose for it. */
+function useKind(job: Job | null, progress: Progress): DataKind {
+  const model = useQuery(modelsQuery).data?.find((each) => each.id === job?.model);
+  if (model) return kindOf(model);
+  return job?.concept || typeof progress.chosen['resolution'] === 'number' ? 'pictures' : 'text';
+}
+
+interface StateProps {
+  job: Job;
+  progress: Progress;
+  connected: boolean;
+  ofPictures: boolean;
+}
+
+function State({ job, progress, connected, ofPictures }: StateProps) {
   const { t, i18n } = useTranslation();
   const eta = useCountdown(job.estimated_finish);
   const { step, totalSteps } = progress;
@@ -116,7 +139,9 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
       {job.status === 'queued' ? <Waiting job={job} /> : null}
       {job.pausing ? <Text>{t('job.pausing')}</Text> : null}
       {job.status === 'paused' ? <Text>{t('job.paused')}</Text> : null}
-      {job.status === 'running' && step === null ? <Text>{t('job.starting')}</Text> : null}
+      {job.status === 'running' && step === null ? (
+        <Text>{t(ofPictures ? 'pictured.preparing' : 'job.starting')}</Text>
+      ) : null}
       {step !== null && totalSteps ? (
         <div>
           <Group justify="space-between" mb={6}>
@@ -136,14 +161,14 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
       {isOpen(job) ? <NotifyOffer /> : null}
       {job.status === 'succeeded' && job.fine_tuned_model ? (
         <Alert color="fern" variant="light" title={t('job.doneTitle')} icon={<Icon name="check" />}>
-          <Text size="sm">{t('job.doneText', { model: job.fine_tuned_model })}</Text>
+          <Text size="sm">{t(ofPictures ? 'pictured.doneText' : 'job.doneText', { model: job.fine_tuned_model })}</Text>
           <Button
             component={Link}
-            to={`/?model=${encodeURIComponent(job.fine_tuned_model)}`}
+            to={`/?${tryingIt(job.fine_tuned_model, ofPictures ? promptOf(job) : undefined)}`}
             mt="sm"
-            leftSection={<Icon name="chat" />}
+            leftSection={<Icon name={ofPictures ? 'spark' : 'chat'} />}
           >
-            {t('job.chat')}
+            {t(ofPictures ? 'pictured.tryIt' : 'job.chat')}
           </Button>
         </Alert>
       ) : null}
@@ -152,23 +177,11 @@ function State({ job, progress, connected }: { job: Job; progress: Progress; con
   );
 }
 
-/** Why a queued job has not begun, and what would help. */
-function Waiting({ job }: { job: Job }) {
-  const { t, i18n } = useTranslation();
-  const model = job.model.split('/').at(-1);
-  const key = `job.waiting_${job.waiting_for?.reason}`;
-  const known = i18n.exists(key);
-  return (
-    <Text>
-      {known ? t(key as 'job.waiting_no_gpu', { model }) : t('job.waiting', { model })}{' '}
-      {job.waiting_for?.reason === 'no_gpu' || job.waiting_for?.reason === 'model_not_offered' ? (
-        <Anchor component={Link} to="/gpus">
-          {t('generate.connect')}
-        </Anchor>
-      ) : null}
-    </Text>
-  );
-}
+/** What the generate screen shall begin with. */
+const tryingIt = (model: string, prompt = ''): URLSearchParams =>
+  new URLSearchParams({ model, ...(prompt ? { prompt } : {}) });
+
+const promptOf = (job: Job): string | undefined => job.concept?.prompt ?? job.sample_prompts[0];
 
 /** From where it would go on. */
 function Kept({ job }: { job: Job }) {

@@ -4,9 +4,11 @@ import { Button, Chip, NumberInput, SegmentedControl, Select, Switch, Text, Text
 import { useTranslation } from 'react-i18next';
 import {
   canHave,
+  choiceOf,
+  COMPONENTS,
   layersOf,
   METHODS,
-  PARTS,
+  partsOf,
   QUANTIZE,
   specOf,
   type Form,
@@ -33,7 +35,7 @@ export function MethodPicker({ form, set }: Piece) {
         aria-labelledby="method"
         value={form.method}
         onChange={(method) => set({ method })}
-        data={METHODS.map((method) => ({ value: method, label: t(methodWords(method)) }))}
+        data={METHODS[form.kind ?? 'text'].map((method) => ({ value: method, label: t(methodWords(method)) }))}
       />
       <Text size="sm" c="dimmed" mt={6}>
         {t(`${methodWords(form.method)}_text`)}
@@ -42,9 +44,31 @@ export function MethodPicker({ form, set }: Piece) {
   );
 }
 
+/** Which of its networks, where a model is more than one. */
+export function ComponentPicker({ form, set }: Piece) {
+  const { t } = useTranslation();
+  return (
+    <div>
+      <Text size="sm" fw={500} mb={4} id="component">
+        {t('pictured.component')}
+      </Text>
+      <SegmentedControl
+        aria-labelledby="component"
+        value={form.component}
+        onChange={(component) => set(choiceOf(component))}
+        data={COMPONENTS.map((component) => ({ value: component, label: t(`pictured.component_${component}`) }))}
+      />
+      <Text size="sm" c="dimmed" mt={6}>
+        {t(`pictured.component_${form.component}_text`)}
+      </Text>
+    </div>
+  );
+}
+
 export function Parts({ form, set, has }: Piece & { has: (part: Part) => boolean }) {
   const { t } = useTranslation();
-  const offered = PARTS.filter((part) => canHave(form.method, part) && has(part));
+  const own = form.kind === 'pictures' && form.component === 'unet';
+  const offered = partsOf(form).filter((part) => canHave(form.method, part) && has(part));
   return (
     <div>
       <Text size="sm" fw={500} mb={6} id="parts">
@@ -57,22 +81,29 @@ export function Parts({ form, set, has }: Piece & { has: (part: Part) => boolean
             checked={form.parts.includes(part)}
             onChange={(on) => set({ parts: on ? [...form.parts, part] : form.parts.filter((each) => each !== part) })}
           >
-            {t(`training.part_${part}`)}
+            {t(wordsOf(part, own))}
           </Chip>
         ))}
       </div>
       <Text size="sm" c="dimmed" mt={6}>
         {offered
           .filter((part) => form.parts.includes(part))
-          .map((part) => `${t(`training.part_${part}`)}: ${t(`training.part_${part}_text`)}`)
+          .map((part) => `${t(wordsOf(part, own))}: ${t(`${wordsOf(part, own)}_text`)}`)
           .join(' · ')}
       </Text>
     </div>
   );
 }
 
+/** Of a UNet's parts, or of a text model's. */
+const wordsOf = (part: Part, own: boolean) =>
+  own
+    ? (`pictured.part_${part.replace('.', '_')}` as 'pictured.part_conv')
+    : (`training.part_${part}` as 'training.part_mlp');
+
 export function Finer({ form, set }: Piece) {
   const { t } = useTranslation();
+  const ofText = form.kind !== 'pictures';
   return (
     <Fold
       title={t('training.finer')}
@@ -105,19 +136,21 @@ export function Finer({ form, set }: Piece) {
               checked={form.rslora}
               onChange={(event) => set({ rslora: event.currentTarget.checked })}
             />
-            <Select
-              label={t('hyper.quantize')}
-              description={t('hyper.quantizeText')}
-              value={form.quantize}
-              onChange={(quantize) => set({ quantize: quantize as Quantize })}
-              data={QUANTIZE.map((bits) => ({ value: bits, label: t(`hyper.quantize_${bits}`) }))}
-              allowDeselect={false}
-            />
+            {ofText ? (
+              <Select
+                label={t('hyper.quantize')}
+                description={t('hyper.quantizeText')}
+                value={form.quantize}
+                onChange={(quantize) => set({ quantize: quantize as Quantize })}
+                data={QUANTIZE.map((bits) => ({ value: bits, label: t(`hyper.quantize_${bits}`) }))}
+                allowDeselect={false}
+              />
+            ) : null}
           </>
         ) : null}
         <TextInput
           label={t('training.match')}
-          description={t('training.matchText')}
+          description={t(ofText ? 'training.matchText' : 'pictured.matchText')}
           value={form.match}
           onChange={(event) => set({ match: event.currentTarget.value })}
           maxLength={500}

@@ -1,5 +1,5 @@
 import { shortName } from '@/features/generate/ModelPicker';
-import type { Model } from '@/types/api';
+import type { DataKind, Model } from '@/types/api';
 import { Select, Text } from '@mantine/core';
 import { useTranslation } from 'react-i18next';
 
@@ -12,15 +12,16 @@ interface Props {
 /** What is trained: a base model, or a tuned one that goes on from where it stands. */
 export function ModelChoice({ models, value, onChange }: Props) {
   const { t } = useTranslation();
-  const items = (tuned: boolean) =>
+  const items = (tuned: boolean, kind?: DataKind) =>
     models
-      .filter((each) => (each.parent !== null) === tuned)
+      .filter((each) => (each.parent !== null) === tuned && (!kind || kindOf(each) === kind))
       .map((each) => ({
         value: each.id,
         label: shortName(each) + (each.available ? '' : ` · ${t('generate.offline')}`),
       }));
   const groups = [
-    { group: t('generate.base'), items: items(false) },
+    { group: t('pictured.baseOf', { kind: t('pictured.kind_text') }), items: items(false, 'text') },
+    { group: t('pictured.baseOf', { kind: t('pictured.kind_pictures') }), items: items(false, 'pictures') },
     { group: t('generate.tuned'), items: items(true) },
   ];
   return (
@@ -40,3 +41,6 @@ export function ModelChoice({ models, value, onChange }: Props) {
     </>
   );
 }
+
+/** What a model learns from. */
+export const kindOf = (model: Model): DataKind => (model.family === 'sd' ? 'pictures' : 'text');

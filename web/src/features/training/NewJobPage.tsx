@@ -3,6 +3,7 @@ import { Empty } from '@/components/Empty';
 import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { Card, Page } from '@/components/Page';
+import { filesQuery } from '@/features/files/queries';
 import { modelsQuery } from '@/features/generate/queries';
 import type { Job, Layers } from '@/types/api';
 import { Button, Text, TextInput } from '@mantine/core';
@@ -11,21 +12,37 @@ import { useMutation, useQuery, useQueryClient } from '@tanstack/react-query';
 import { useState } from 'react';
 import { useTranslation } from 'react-i18next';
 import { Link, useLocation, useNavigate } from 'react-router';
+import { BlockPicker } from './BlockPicker';
+import { parseBlocks } from './blocks';
+import { ConceptForm } from './ConceptForm';
 import { DataPicker } from './DataPicker';
 import { DataReport } from './DataReport';
-import { EMPTY, formOf, hyperOf, layersOf, requestOf, suffixIsGood, type Form, type Part } from './form';
+import {
+  conceptOf,
+  EMPTY,
+  fit,
+  formOf,
+  hyperOf,
+  layersOf,
+  requestOf,
+  suffixIsGood,
+  type Form,
+  type Part,
+} from './form';
 import { HyperForm } from './HyperForm';
 import { LayerPicker } from './LayerPicker';
 import { parseLayers } from './layers';
-import { AsJson, Finer, MethodPicker, Parts } from './LayersForm';
-import { ModelChoice } from './ModelChoice';
+import { AsJson, ComponentPicker, Finer, MethodPicker, Parts } from './LayersForm';
+import { kindOf, ModelChoice } from './ModelChoice';
 import css from './NewJobPage.module.css';
+import { PictureReport } from './PictureReport';
 import { PreviewCard } from './PreviewCard';
 import { Samples } from './Samples';
 import { ValidationPicker } from './ValidationPicker';
-import { createJob, filesQuery, layersQuery, type Training } from './queries';
+import { createJob, layersQuery, type Training } from './queries';
 
 const PREVIEW_AFTER_MS = 350;
+const ENCODER_LAYERS = 24; // of the largest text encoder that is covered, until the model's own is known
 
 export function NewJobPage() {
   const { t } = useTranslation();
@@ -33,28 +50,43 @@ export function NewJobPage() {
   const queryClient = useQueryClient();
   const from = useLocation().state as { again?: Job; model?: string; file?: string } | null;
   const models = useQuery(modelsQuery);
-  const all = models.data?.filter((model) => model.family !== 'sd') ?? [];
+  const all = models.data ?? [];
   const bases = all.filter((model) => !model.parent);
-  const [form, setForm] = useState<Form>(() =>
+  const [kept, setForm] = useState<Form>(() =>
     from?.again ? formOf(from.again) : { ...EMPTY, model: from?.model ?? null, fileId: from?.file ?? null },
   );
-  const set = (fields: Partial<Form>) => setForm((before) => ({ ...before, ...fields }));
+  const files = useQuery(filesQuery('fine-tune')).data;
+  const wanted = files?.find((each) => each.id === from?.file)?.kind ?? 'text'; // who brings a file, trains on it
+  const usual = bases.filter((each) => kindOf(each) === wanted);
+  const model =
+    all.find((each) => each.id === kept.model) ?? usual.find((each) => each.available) ?? usual[0] ?? bases[0];
+  const kind = model ? kindOf(model) : 'text';
+  const form = model ? fit(kept, kind) : kept; // until the models are known, nothing is judged
+  const set = (fields: Partial<Form>) => setForm((before) => ({ ...(model ? fit(before, kind) : before), ...fields }));
 
-  const model = all.find((each) => each.id === form.model) ?? bases.find((each) => each.available) ?? bases[0];
-  const filled = { ...form, model: model?.id ?? null };
-  const structure = useQuery({ ...layersQuery(model?.id ?? ''), enabled: model?.available === true });
-  const parsed = model ? parseLayers(form.layers, model.n_layers) : null;
+  const ofPictures = kind === 'pictures';
+  const file = files?.find((each) => each.id === form.fileId);
+  const fileId = file && file.kind !== kind ? null : form.fileId;
+  const captioned = !file || Boolean(file.captioned);
+  const filled = { ...form, fileId, model: model?.id ?? null };
+  const component = ofPictures ? form.component : null;
+  const structure = useQuery({ ...layersQuery(model?.id ?? '', component), enabled: model?.available === true });
+  const blocks = structure.data?.layers.flatMap(({ block }) => block ?? []) ?? [];
+  const nLayers = component ? (structure.data?.n_layers ?? ENCODER_LAYERS) : (model?.n_layers ?? 0);
+  const parsed =
+    component === 'unet' ? parseBlocks(form.layers, blocks) : model ? parseLayers(form.layers, nLayers) : null;
   const layers = layersOf(filled);
   const chosen = form.json.trim() !== '' || parsed?.ok;
-  const file = useQuery(filesQuery).data?.find((each) => each.id === form.fileId);
+  const concept = captioned ? null : conceptOf(form);
   const training: Training = {
     hyperparameters: hyperOf(form),
-    ...(file?.rows ? { data: { rows: file.rows, bytes: file.bytes } } : {}),
+    ...(file?.rows && fileId ? { data: { rows: file.rows, bytes: file.bytes } } : {}),
+    ...(ofPictures && concept ? { concept } : {}),
   };
   const readable = chosen && layers ? JSON.stringify({ layers, training }) : null;
   const [settled] = useDebouncedValue(readable, PREVIEW_AFTER_MS);
   const shown = settled ? (JSON.parse(settled) as { layers: Layers; training: Training }) : null;
-  const request = chosen ? requestOf(filled) : null;
+  const request = chosen ? requestOf(filled, captioned && !(form.concept.prompt && !file)) : null;
 
   const { max_length_tokens: length, train_on: trainOn } = form.hyper;
 
@@ -92,11 +124,13 @@ export function NewJobPage() {
             {models.isError ? <ErrorNote error={models.error} /> : null}
             <ModelChoice models={all} value={model ?? null} onChange={(id) => set({ model: id })} />
           </Card>
-          <Card title={t('training.stepData')}>
-            <DataPicker value={form.fileId} onChange={(fileId) => set({ fileId })} />
-            {form.fileId ? (
+          <Card title={t(ofPictures ? 'pictured.dataTitle' : 'training.stepData')}>
+            <DataPicker key={kind} kind={kind} value={fileId} onChange={(chosen) => set({ fileId: chosen })} />
+            {fileId && ofPictures ? <PictureReport fileId={fileId} /> : null}
+            {fileId && ofPictures && !captioned ? <ConceptForm form={form} set={set} /> : null}
+            {fileId && !ofPictures ? (
               <DataReport
-                fileId={form.fileId}
+                fileId={fileId}
                 model={model?.available ? model.id : null}
                 maxLength={typeof length === 'number' ? length : null}
                 trainOn={typeof trainOn === 'string' ? trainOn : null}
@@ -107,10 +141,13 @@ export function NewJobPage() {
           <Card title={t('training.stepLayers')}>
             {form.json.trim() === '' ? (
               <>
+                {ofPictures ? <ComponentPicker form={form} set={set} /> : null}
                 <MethodPicker form={form} set={set} />
                 <Parts form={form} set={set} has={(part) => hasPart(structure.data?.parts, part)} />
-                {model ? (
-                  <LayerPicker n={model.n_layers} value={form.layers} onChange={(layers) => set({ layers })} />
+                {component === 'unet' ? (
+                  <BlockPicker blocks={blocks} value={form.layers} onChange={(layers) => set({ layers })} />
+                ) : model ? (
+                  <LayerPicker n={nLayers} value={form.layers} onChange={(layers) => set({ layers })} />
                 ) : null}
                 <Finer form={form} set={set} />
               </>
@@ -141,11 +178,16 @@ export function NewJobPage() {
               training={shown?.training ?? training}
             />
             {starting.error ? <ErrorNote error={starting.error} /> : null}
-            {form.fileId ? null : (
+            {fileId ? null : (
               <Text size="sm" c="dimmed">
-                {t('training.needData')}
+                {t(ofPictures ? 'pictured.needData' : 'training.needData')}
               </Text>
             )}
+            {fileId && ofPictures && !captioned && !concept ? (
+              <Text size="sm" c="dimmed">
+                {t('pictured.needConcept')}
+              </Text>
+            ) : null}
             <Button type="submit" size="md" disabled={!request} loading={starting.isPending}>
               {t('training.start')}
             </Button>

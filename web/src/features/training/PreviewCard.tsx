@@ -70,7 +70,9 @@ function Numbers({ preview, stale }: { preview: Preview; stale: boolean }) {
           )}
         </ul>
         <Text size="xs" c="dimmed" mt={4}>
-          {t('training.memoryBatch', { rows: preview.batch.rows, tokens: preview.batch.tokens })}
+          {preview.batch.width === undefined
+            ? t('training.memoryBatch', { rows: preview.batch.rows, tokens: preview.batch.tokens })
+            : t('pictured.memoryBatch', { count: preview.batch.rows, side: preview.batch.width })}
         </Text>
       </div>
       <OnDisk preview={preview} />
@@ -79,7 +81,9 @@ function Numbers({ preview, stale }: { preview: Preview; stale: boolean }) {
           <Text fw={650}>{t('training.time', { time: duration(preview.time_s, i18n.language) })}</Text>
           {preview.chat_pause_s === undefined ? null : (
             <Text size="sm" c="dimmed">
-              {t('training.pause', { time: `${preview.chat_pause_s.toFixed(1)} s` })}
+              {t(preview.batch.width === undefined ? 'training.pause' : 'pictured.pause', {
+                time: `${preview.chat_pause_s.toFixed(1)} s`,
+              })}
             </Text>
           )}
         </div>

@@ -2,26 +2,28 @@ import { ErrorNote } from '@/components/ErrorNote';
 import { Icon } from '@/components/Icon';
 import { Card } from '@/components/Page';
 import { percent } from '@/lib/format';
-import type { Job, Report } from '@/types/api';
+import type { DataKind, Job, Report } from '@/types/api';
 import { Button, Text, Title } from '@mantine/core';
 import { useMutation, useQuery } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
 import { downloadReport, reportQuery } from './queries';
 import css from './ReportCard.module.css';
+import { Picture } from './SamplePictures';
 
 /** What the run has written about itself; nothing for runs of before there were reports. */
-export function ReportCard({ job }: { job: Job }) {
+export function ReportCard({ job, kind }: { job: Job; kind: DataKind }) {
   const { t } = useTranslation();
   const report = useQuery(reportQuery(job.id)).data;
   const fetching = useMutation({ mutationFn: () => downloadReport(job.id) });
   if (!report) return null;
+  const ofPictures = kind === 'pictures';
   return (
     <Card title={t('run.report')}>
-      <Perplexity report={report} />
-      <Answers report={report} />
+      {ofPictures ? null : <Perplexity report={report} />}
+      <Answers report={report} ofPictures={ofPictures} />
       <Changes report={report} />
       <Text size="sm" c="dimmed">
-        {t('run.reportText')}
+        {t(ofPictures ? 'pictured.reportText' : 'run.reportText')}
       </Text>
       {fetching.error ? <ErrorNote error={fetching.error} retry={() => fetching.mutate()} /> : null}
       <Button
@@ -52,23 +54,25 @@ function Perplexity({ report: { perplexity } }: { report: Report }) {
   );
 }
 
-function Answers({ report: { answers } }: { report: Report }) {
+function Answers({ report: { answers }, ofPictures }: { report: Report; ofPictures: boolean }) {
   const { t } = useTranslation();
   if (answers.length === 0) return null;
+  const told = (answer: string, alt: string) =>
+    ofPictures ? <Picture answer={answer} alt={alt} /> : answer || t('run.samplesEmpty');
   return (
     <section>
-      <Title order={3}>{t('run.answers')}</Title>
+      <Title order={3}>{t(ofPictures ? 'pictured.answers' : 'run.answers')}</Title>
       {answers.map(({ prompt, before, after }, i) => (
         <div key={i} className={css.answer}>
           <Text fw={600}>{prompt}</Text>
           <dl className={css.pair}>
             <div>
               <dt>{t('run.before')}</dt>
-              <dd className={css.said}>{before || t('run.samplesEmpty')}</dd>
+              <dd className={css.said}>{told(before, `${prompt}: ${t('run.before')}`)}</dd>
             </div>
             <div>
               <dt>{t('run.after')}</dt>
-              <dd className={css.said}>{after || t('run.samplesEmpty')}</dd>
+              <dd className={css.said}>{told(after, `${prompt}: ${t('run.after')}`)}</dd>
             </div>
           </dl>
         </div>
@@ -85,8 +89,8 @@ function Changes({ report: { changes } }: { report: Report }) {
     (best, each) => (each.relative_change > (best?.relative_change ?? 0) ? each : best),
     layers[0],
   );
-  if (!most) return null;
-  const nameOf = (layer: number | null) => (layer === null ? t('run.outside') : String(layer));
+  if (!most || (layers.length === 1 && most.layer === null)) return null; // of layers there is nothing to tell
+  const nameOf = (layer: number | string | null) => (layer === null ? t('run.outside') : String(layer));
   return (
     <section>
       <Title order={3}>{t('run.changes')}</Title>

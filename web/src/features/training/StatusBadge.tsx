@@ -1,13 +1,17 @@
-import type { Job } from '@/types/api';
+import { Status, type Tone } from '@/components/Status';
+import type { Job, JobStatus } from '@/types/api';
 import { useTranslation } from 'react-i18next';
-import css from './StatusBadge.module.css';
+
+const TONES: Record<JobStatus, Tone> = {
+  queued: 'waiting',
+  running: 'busy',
+  paused: 'waiting',
+  succeeded: 'good',
+  failed: 'bad',
+  cancelled: 'none',
+};
 
 export function StatusBadge({ job: { status, pausing } }: { job: Job }) {
   const { t } = useTranslation();
-  return (
-    <span className={css.badge} data-status={status}>
-      <span className={css.dot} aria-hidden="true" />
-      {t(pausing ? 'training.status_pausing' : `training.status_${status}`)}
-    </span>
-  );
+  return <Status tone={TONES[status]}>{t(pausing ? 'training.status_pausing' : `training.status_${status}`)}</Status>;
 }

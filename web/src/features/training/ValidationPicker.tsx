@@ -2,16 +2,24 @@ import { Select } from '@mantine/core';
 import { useQuery } from '@tanstack/react-query';
 import { useTranslation } from 'react-i18next';
 import type { Piece } from './LayersForm';
-import { filesQuery } from './queries';
+import { filesQuery } from '@/features/files/queries';
 
 /** A second of the uploaded files, which the model is tested with and never learns from. */
 export function ValidationPicker({ form, set }: Piece) {
   const { t } = useTranslation();
-  const others = useQuery(filesQuery).data?.filter((each) => each.id !== form.fileId) ?? [];
+  const files = useQuery(filesQuery('fine-tune')).data ?? [];
+  const ofPictures = form.kind === 'pictures';
+  const training = files.find((each) => each.id === form.fileId);
+  const others = files.filter(
+    (each) =>
+      each.id !== form.fileId &&
+      each.kind === (form.kind ?? 'text') &&
+      (!training || Boolean(each.captioned) === Boolean(training.captioned)),
+  );
   if (others.length === 0) return null;
   return (
     <Select
-      label={t('hyper.validation')}
+      label={t(ofPictures ? 'pictured.validation' : 'hyper.validation')}
       description={t('hyper.validationText')}
       value={others.some((each) => each.id === form.validationId) ? form.validationId : ''}
       onChange={(id) => set({ validationId: id || null })}
@@ -19,7 +27,7 @@ export function ValidationPicker({ form, set }: Piece) {
         { value: '', label: t('hyper.validationNone') },
         ...others.map((each) => ({
           value: each.id,
-          label: `${each.filename} · ${t('training.rows', { count: each.rows })}`,
+          label: `${each.filename} · ${t(ofPictures ? 'pictured.rows' : 'training.rows', { count: each.rows })}`,
         })),
       ]}
       allowDeselect={false}

@@ -1,4 +1,5 @@
 import { bytes } from '@/lib/format';
+import type { DataKind } from '@/types/api';
 import type { ReactNode } from 'react';
 import { useTranslation } from 'react-i18next';
 import { READINGS, type Progress, type Reading, type Value } from './progress';
@@ -7,18 +8,21 @@ import css from './Vitals.module.css';
 const DRAWN: readonly Reading[] = ['learning_rate', 'gradient_norm'];
 
 /** What the last step said beside its loss. Nothing at all where it said nothing. */
-export function Vitals({ progress }: { progress: Progress }) {
+export function Vitals({ progress, kind }: { progress: Progress; kind: DataKind }) {
   const { t } = useTranslation();
+  const ofPictures = kind === 'pictures';
   const shown: [string, string, ReactNode?][] = READINGS.flatMap((name) => {
     const values = progress.readings[name];
     const last = values.at(-1);
-    if (!last) return [];
+    if (!last || (ofPictures && name === 'perplexity')) return [];
     const number = figure(last.value);
     const told =
       name === 'memory_bytes'
         ? bytes(last.value)
         : name === 'tokens_per_s'
-          ? t('run.perSecond', { count: Math.round(last.value) })
+          ? ofPictures
+            ? t('pictured.perSecond', { count: Number(last.value.toPrecision(2)) })
+            : t('run.perSecond', { count: Math.round(last.value) })
           : number;
     const title = t(`run.${name}`);
     return [[title, told, DRAWN.includes(name) ? <Curve key={name} name={title} values={values} /> : null]];

@@ -1,12 +1,20 @@
 /** The training form as plain values, and the request that comes of them. */
-import { layersJson, type Layers, type LayerSpec } from '@/types/api';
+import { layersJson, type Concept, type DataKind, type Layers, type LayerSpec } from '@/types/api';
 import type { NewJob } from './queries';
 
-export const PARTS = ['attn', 'mlp', 'norm', 'embed', 'head'] as const;
-export type Part = (typeof PARTS)[number];
+/** Networks of a model that makes pictures; a model of text is one. */
+export const COMPONENTS = ['unet', 'text_encoder'] as const;
+export type Component = (typeof COMPONENTS)[number];
 
-export const METHODS = ['lora', 'dora', 'full'] as const;
-export type Method = (typeof METHODS)[number];
+const PARTS = {
+  text: ['attn', 'mlp', 'norm', 'embed', 'head'],
+  unet: ['attn.self', 'attn.cross', 'mlp', 'norm', 'conv', 'time'],
+  text_encoder: ['attn', 'mlp', 'norm', 'embed'],
+} as const;
+export type Part = (typeof PARTS)[keyof typeof PARTS][number];
+
+export const METHODS = { text: ['lora', 'dora', 'full'], pictures: ['lora', 'full'] } as const;
+export type Method = (typeof METHODS)['text'][number];
 export const QUANTIZE = ['none', '8bit', '4bit'] as const;
 export type Quantize = (typeof QUANTIZE)[number];
 
@@ -28,6 +36,9 @@ export const NUMBERS = {
   micro_batch_rows: { min: 1, max: 256 },
   early_stop_patience: { min: 0, max: 100 },
   samples_every_steps: { min: 1, max: 1_000_000 },
+  resolution: { min: 8, max: 4096 },
+  min_snr_gamma: { min: 0, max: 1000, decimal: true },
+  caption_dropout: { min: 0, max: 0.9, decimal: true },
 } as const satisfies Record<string, Numbers>;
 
 export const CHOICES = {
@@ -44,7 +55,19 @@ export type SwitchName = (typeof SWITCHES)[number];
 export type HyperName = NumberName | ChoiceName | SwitchName;
 export type HyperValue = number | string | boolean;
 
-export const BASIC = ['n_epochs', 'batch_size', 'learning_rate', 'max_length_tokens'] as const satisfies NumberName[];
+export const BASIC = {
+  text: ['n_epochs', 'batch_size', 'learning_rate', 'max_length_tokens'],
+  pictures: ['n_epochs', 'batch_size', 'learning_rate', 'resolution'],
+} as const satisfies Record<DataKind, NumberName[]>;
+
+/** What only one kind of model has. */
+const OWN: Record<DataKind, readonly HyperName[]> = {
+  text: ['max_length_tokens', 'train_on', 'packing', 'activation_checkpointing', 'prefix_cache', 'stream_layers'],
+  pictures: ['resolution', 'min_snr_gamma', 'caption_dropout'],
+};
+export const hasHyper = (kind: DataKind, name: HyperName): boolean =>
+  !OWN[kind === 'text' ? 'pictures' : 'text'].includes(name);
+
 export const HYPER: readonly HyperName[] = [
   ...(Object.keys(NUMBERS) as NumberName[]),
   ...(Object.keys(CHOICES) as ChoiceName[]),
@@ -53,11 +76,23 @@ export const HYPER: readonly HyperName[] = [
 
 export const MAX_SAMPLES = 8;
 export const MAX_SAMPLE_CHARS = 2_000;
+export const CLASS_PICTURES = 24; // where nobody says how many
+
+/** What pictures without captions show. */
+export interface ConceptForm {
+  prompt: string;
+  classPrompt: string;
+  classPictures: number | null; // null: as the API has it
+  priorWeight: number | null;
+}
 
 export interface Form {
   model: string | null; // a base model, or a tuned one that is trained further
+  kind: DataKind | null; // of the models that what is chosen below suits; null: of whichever `model` is
   fileId: string | null;
   validationId: string | null;
+  concept: ConceptForm;
+  component: Component; // of models that make pictures
   method: Method;
   quantize: Quantize;
   parts: readonly Part[];
@@ -74,8 +109,11 @@ export interface Form {
 
 export const EMPTY: Form = {
   model: null,
+  kind: 'text',
   fileId: null,
   validationId: null,
+  concept: { prompt: '', classPrompt: '', classPictures: null, priorWeight: null },
+  component: 'unet',
   method: 'lora',
   quantize: 'none',
   parts: ['attn', 'mlp'],
@@ -90,9 +128,32 @@ export const EMPTY: Form = {
   suffix: '',
 };
 
-/** LoRA adapts matrices; norms and the embedding have none. */
-export const canHave = (method: Method, part: Part): boolean =>
-  method === 'full' || part === 'attn' || part === 'mlp' || part === 'head';
+export const partsOf = (form: Form): readonly Part[] => PARTS[form.kind === 'pictures' ? form.component : 'text'];
+
+/** What a network's layers are set to before anybody chooses. */
+export const choiceOf = (component: Component): Pick<Form, 'component' | 'parts' | 'layers'> => ({
+  component,
+  parts: component === 'unet' ? ['attn.self', 'attn.cross'] : ['attn', 'mlp'],
+  layers: 'all',
+});
+
+/** The form for another kind of model: what does not suit it begins anew, and the rest stays. */
+export function fit(form: Form, kind: DataKind): Form {
+  if (form.kind === kind) return form;
+  if (form.kind === null) {
+    const found = { ...form, kind };
+    const sayable = found.parts.every((part) => partsOf(found).includes(part));
+    return sayable || found.json ? found : { ...found, json: JSON.stringify([specOf(found)], null, 1) };
+  }
+  const { method, quantize, parts, layers, match, alpha, rslora, json } = EMPTY;
+  const fresh = { ...form, kind, method, quantize, parts, layers, match, alpha, rslora, json };
+  return kind === 'pictures' ? { ...fresh, ...choiceOf('unet') } : fresh;
+}
+
+const MATRICES: readonly Part[] = ['attn', 'attn.self', 'attn.cross', 'mlp', 'head', 'time'];
+
+/** LoRA adapts matrices; norms, convolutions and the embedding have none. */
+export const canHave = (method: Method, part: Part): boolean => method === 'full' || MATRICES.includes(part);
 
 export function specOf(form: Form): LayerSpec {
   const low = form.method !== 'full';
@@ -100,6 +161,7 @@ export function specOf(form: Form): LayerSpec {
     method: form.method,
     parts: form.parts.filter((part) => canHave(form.method, part)),
     layers: form.layers.trim(),
+    ...(form.kind === 'pictures' ? { component: form.component } : {}),
     ...(form.match.trim() ? { match: form.match.trim() } : {}),
     ...(low ? { rank: form.rank } : {}),
     ...(low && form.alpha !== null ? { alpha: form.alpha } : {}),
@@ -128,14 +190,28 @@ export const hyperOf = (form: Form): Record<string, HyperValue> =>
   Object.fromEntries(
     HYPER.flatMap((name) => {
       const value = form.hyper[name];
-      return value === undefined ? [] : [[name, value]];
+      return value === undefined || !hasHyper(form.kind ?? 'text', name) ? [] : [[name, value]];
     }),
   );
 
-/** Null while something is still to be filled in. */
-export function requestOf(form: Form): NewJob | null {
+/** Null until it is said what the pictures show. */
+export function conceptOf({ concept }: Form): Concept | null {
+  const [prompt, classPrompt] = [concept.prompt.trim(), concept.classPrompt.trim()];
+  if (!prompt) return null;
+  return {
+    prompt,
+    ...(classPrompt ? { class_prompt: classPrompt } : {}),
+    ...(classPrompt && concept.classPictures !== null ? { class_pictures: concept.classPictures } : {}),
+    ...(classPrompt && concept.priorWeight !== null ? { prior_weight: concept.priorWeight } : {}),
+  };
+}
+
+/** Null while something is still to be filled in. `captioned`: whether the pictures say themselves what they show. */
+export function requestOf(form: Form, captioned = true): NewJob | null {
   const layers = layersOf(form);
   if (!form.model || !form.fileId || !layers || !suffixIsGood(form.suffix)) return null;
+  const concept = form.kind === 'pictures' && !captioned ? conceptOf(form) : undefined;
+  if (concept === null) return null;
   const samples = form.samples.map((prompt) => prompt.trim()).filter(Boolean);
   return {
     model: form.model,
@@ -143,6 +219,7 @@ export function requestOf(form: Form): NewJob | null {
     ...(form.validationId ? { validation_file: form.validationId } : {}),
     ...(form.suffix ? { suffix: form.suffix } : {}),
     ...(samples.length > 0 ? { sample_prompts: samples } : {}),
+    ...(concept ? { concept } : {}),
     layers,
     method: { type: 'supervised', supervised: { hyperparameters: hyperOf(form) } },
   };
@@ -156,16 +233,24 @@ interface Earlier {
   layers: LayerSpec[];
   hyperparameters?: Record<string, unknown>;
   sample_prompts?: string[];
+  concept?: Concept | null | undefined;
 }
 
 /** "Train again with changes": what the job was started with, as far as the form can say it. */
 export function formOf(job: Earlier): Form {
   const [spec, ...more] = job.layers;
-  const known = (part: string): part is Part => (PARTS as readonly string[]).includes(part);
+  const known = (part: string): part is Part => Object.values(PARTS).some((parts) => parts.includes(part as never));
   const beyond = more.length > 0 || !spec?.parts.every(known);
   return {
     ...EMPTY,
     model: job.model,
+    kind: null,
+    concept: {
+      prompt: job.concept?.prompt ?? '',
+      classPrompt: job.concept?.class_prompt ?? '',
+      classPictures: job.concept?.class_pictures ?? null,
+      priorWeight: job.concept?.prior_weight ?? null,
+    },
     fileId: job.training_file,
     validationId: job.validation_file ?? null,
     suffix: job.user_provided_suffix ?? '',
@@ -180,6 +265,7 @@ export function formOf(job: Earlier): Form {
     ...(beyond ? { json: JSON.stringify(job.layers, null, 1) } : {}),
     ...(spec && !beyond
       ? {
+          component: spec.component === 'text_encoder' ? 'text_encoder' : 'unet',
           method: spec.method,
           quantize: spec.quantize ?? 'none',
           parts: spec.parts.filter(known),

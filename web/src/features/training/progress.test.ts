@@ -37,6 +37,15 @@ it('draws the curve of a job that began anew once', () => {
   expect(train.map((point) => point.step)).toEqual([1, 2]);
 });
 
+it('counts pictures as it counts tokens', () => {
+  const progress = progressOf([
+    event('metrics', { step: 1, train_loss: 0.4, pictures: 8, pictures_per_s: 2.5 }),
+    event('metrics', { step: 2, train_loss: 0.3, pictures: 16 }),
+  ]);
+  expect(progress.seen).toBe(16);
+  expect(progress.readings.tokens_per_s).toEqual([{ step: 1, value: 2.5 }]);
+});
+
 it('leaves out what is no number', () => {
   expect(progressOf([event('metrics', { step: 1, train_loss: 'NaN' })]).train).toEqual([]);
 });

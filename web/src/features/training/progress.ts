@@ -31,7 +31,7 @@ export interface Progress {
   step: number | null;
   totalSteps: number | null;
   etaS: number | null;
-  tokens: number | null;
+  seen: number | null; // tokens, or pictures
 }
 
 const number = (value: unknown): number | null => (typeof value === 'number' && Number.isFinite(value) ? value : null);
@@ -46,7 +46,7 @@ const nothing = (): Progress => ({
   step: null,
   totalSteps: null,
   etaS: null,
-  tokens: null,
+  seen: null,
 });
 
 /** Events in their order. A job that began anew on another gpu counts from its start again, and so does the curve. */
@@ -72,7 +72,7 @@ function measure(progress: Progress, data: JobEvent['data']): void {
   if (train !== null) progress.train.push({ step, loss: train });
   if (valid !== null) progress.valid.push({ step, loss: valid });
   for (const name of READINGS) {
-    const value = number(data[name]);
+    const value = number(data[name] ?? (name === 'tokens_per_s' ? data['pictures_per_s'] : undefined));
     if (value !== null) progress.readings[name].push({ step, value });
   }
   const said = answers.safeParse(data['samples']);
@@ -80,7 +80,7 @@ function measure(progress: Progress, data: JobEvent['data']): void {
   progress.step = step;
   progress.totalSteps = number(data['total_steps']) ?? progress.totalSteps;
   progress.etaS = number(data['eta_s']) ?? progress.etaS;
-  progress.tokens = number(data['tokens']) ?? progress.tokens;
+  progress.seen = number(data['tokens'] ?? data['pictures']) ?? progress.seen;
 }
 
 function backTo(progress: Progress, step: number): void {

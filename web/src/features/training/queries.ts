@@ -1,7 +1,7 @@
 import { api, ApiError, download } from '@/lib/api';
 import {
   checkpoint,
-  file,
+  type Concept,
   fileReport,
   grown,
   job,
@@ -9,6 +9,7 @@ import {
   type Layers,
   list,
   modelLayers,
+  pictureReport,
   preview,
   report,
 } from '@/types/api';
@@ -41,24 +42,14 @@ export const checkpointsQuery = (id: string) =>
     refetchInterval: 10_000,
   });
 
-export const filesQuery = queryOptions({
-  queryKey: ['files'],
-  queryFn: async ({ signal }) => (await api.get('/v1/files?limit=100', list(file), signal)).data,
-});
-
-export const fileQuery = (id: string) =>
-  queryOptions({
-    queryKey: ['files', id],
-    queryFn: ({ signal }) => api.get(`/v1/files/${id}`, file, signal),
-    retry: false,
-  });
-
 const path = (model: string) => model.split('/').map(encodeURIComponent).join('/');
 
-export const layersQuery = (model: string) =>
+/** `component`: of a model that is more than one network. */
+export const layersQuery = (model: string, component: string | null = null) =>
   queryOptions({
-    queryKey: ['layers', model],
-    queryFn: ({ signal }) => api.get(`/v1/models/${path(model)}/layers`, modelLayers, signal),
+    queryKey: ['layers', model, component],
+    queryFn: ({ signal }) =>
+      api.get(`/v1/models/${path(model)}/layers${component ? `?component=${component}` : ''}`, modelLayers, signal),
     staleTime: Infinity, // a model's layers do not change
   });
 
@@ -74,6 +65,7 @@ export const previewQuery = (model: string, spec: Layers, training: Training) =>
 /** What decides how long it takes; the data set once one is chosen. */
 export interface Training {
   data?: { rows: number; bytes: number };
+  concept?: Concept;
   hyperparameters: Record<string, HyperValue>;
 }
 
@@ -83,6 +75,7 @@ export interface NewJob {
   suffix?: string;
   validation_file?: string;
   sample_prompts?: string[];
+  concept?: Concept;
   layers: Layers;
   method: { type: 'supervised'; supervised: { hyperparameters: Record<string, HyperValue> } };
 }
@@ -94,7 +87,6 @@ export const resumeJob = (id: string): Promise<Job> => api.post(`/v1/fine_tuning
 /** Of a job whose training has diverged: from its last checkpoint, at half its learning rate. */
 export const resumeSlower = (id: string): Promise<Job> =>
   api.post(`/v1/fine_tuning/jobs/${id}/resume`, { learning_rate_factor: 0.5 }, job);
-export const deleteFile = (id: string): Promise<void> => api.delete(`/v1/files/${id}`);
 
 /** What the run has written about itself; null for runs that wrote nothing. */
 export const reportQuery = (id: string) =>
@@ -125,6 +117,15 @@ export const fileReportQuery = (id: string, model: string | null, maxLength: num
       if (model && trainOn) query.set('train_on', trainOn);
       return api.get(`/v1/files/${id}/report?${query}`, fileReport, signal);
     },
+    retry: false,
+    staleTime: 60_000,
+  });
+
+/** What is in a zip of pictures, with some of them. */
+export const pictureReportQuery = (id: string) =>
+  queryOptions({
+    queryKey: ['file-report', id],
+    queryFn: ({ signal }) => api.get(`/v1/files/${id}/report`, pictureReport, signal),
     retry: false,
     staleTime: 60_000,
   });

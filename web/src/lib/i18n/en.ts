@@ -1,9 +1,11 @@
 import { account } from './account';
+import { batches } from './batches';
 import { data } from './data';
 import { hyper } from './hyper';
 import { models } from './models';
 import { notify } from './notify';
 import { people } from './people';
+import { pictured } from './pictured';
 import { pictures } from './pictures';
 import { run } from './run';
 import { sampling } from './sampling';
@@ -18,6 +20,7 @@ export const en = {
     nav: 'Main',
     generate: 'Generate',
     training: 'Training',
+    batches: 'Batches',
     gpus: 'GPUs',
     keys: 'Keys',
     people: 'People',
@@ -71,6 +74,15 @@ export const en = {
     context_length_exceeded_do: 'Start a new conversation, or shorten the message.',
     invalid_training_file: 'The file can’t be used for training',
     invalid_training_file_do: 'Correct these lines and upload it again.',
+    invalid_batch_file: 'The file can’t be used as a batch',
+    invalid_batch_file_do: 'Correct these lines and upload it again.',
+    gpu_lost: 'A GPU was lost too often',
+    gpu_lost_do:
+      'Three were lost in a row without one answer. Look at the GPUs screen, then send the unanswered rows again.',
+    batch_expired: 'The window is over',
+    batch_expired_do: 'Send the unanswered rows again, with a longer window.',
+    wrong_kind_of_file: 'The file and the model do not go together',
+    wrong_kind_of_file_do: 'Models of text learn from text, and those that draw from a zip of pictures.',
     request_too_large: 'That is too large',
     request_too_large_do: 'Send less at once.',
     relay_stopping: 'The relay is being restarted',
@@ -479,11 +491,13 @@ export const en = {
     useText: 'Point any OpenAI client at this address:',
   },
   account: account.en,
+  batches: batches.en,
   data: data.en,
   hyper: hyper.en,
   models: models.en,
   notify: notify.en,
   people: people.en,
+  pictured: pictured.en,
   pictures: pictures.en,
   run: run.en,
   sampling: sampling.en,

@@ -1,10 +1,12 @@
 import { account } from './account';
+import { batches } from './batches';
 import { data } from './data';
 import type { en } from './en';
 import { hyper } from './hyper';
 import { models } from './models';
 import { notify } from './notify';
 import { people } from './people';
+import { pictured } from './pictured';
 import { pictures } from './pictures';
 import { run } from './run';
 import { sampling } from './sampling';
@@ -20,6 +22,7 @@ export const ko: Words<typeof en> = {
     nav: '주 메뉴',
     generate: '생성',
     training: '학습',
+    batches: '배치',
     gpus: 'GPU',
     keys: '키',
     people: '사람들',
@@ -72,6 +75,14 @@ export const ko: Words<typeof en> = {
     context_length_exceeded_do: '새 대화를 시작하거나 메시지를 줄이세요.',
     invalid_training_file: '학습에 쓸 수 없는 파일입니다',
     invalid_training_file_do: '아래 줄을 고친 뒤 다시 올려 주세요.',
+    invalid_batch_file: '배치로 쓸 수 없는 파일입니다',
+    invalid_batch_file_do: '아래 줄을 고친 뒤 다시 올려 주세요.',
+    gpu_lost: 'GPU를 너무 자주 잃었습니다',
+    gpu_lost_do: '답을 하나도 얻지 못한 채 세 번 이어서 잃었습니다. GPU 화면을 살펴본 뒤 답이 없는 줄을 다시 보내세요.',
+    batch_expired: '기한이 지났습니다',
+    batch_expired_do: '답이 없는 줄을 더 긴 기한으로 다시 보내세요.',
+    wrong_kind_of_file: '파일과 모델이 서로 맞지 않습니다',
+    wrong_kind_of_file_do: '글 모델은 글로, 그림 모델은 그림을 묶은 zip으로 배웁니다.',
     request_too_large: '너무 큽니다',
     request_too_large_do: '한 번에 더 적게 보내세요.',
     relay_stopping: '릴레이를 다시 시작하는 중입니다',
@@ -477,11 +488,13 @@ export const ko: Words<typeof en> = {
     useText: '어떤 OpenAI 클라이언트든 이 주소를 가리키게 하세요.',
   },
   account: account.ko,
+  batches: batches.ko,
   data: data.ko,
   hyper: hyper.ko,
   models: models.ko,
   notify: notify.ko,
   people: people.ko,
+  pictured: pictured.ko,
   pictures: pictures.ko,
   run: run.ko,
   sampling: sampling.ko,
