@@ -24,6 +24,7 @@ STARTS: Mapping[str, tuple[str, ...]] = {  # that are read: diffusers' converter
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_text_model_", "lora_te1_text_model_", "lora_te1_"),
 }
+AROUND = "text_model."  # the module around all others of the text encoder, in transformers before 5.6
 METADATA = "lora_adapter_metadata"  # diffusers' key for what peft's config would say
 # Endings of a pair, down and up, of diffusers' versions and of kohya's; the first is what is written.
 DIFFUSERS = (
@@ -66,11 +67,15 @@ def exported(meta: AdapterMeta, file: TensorFile, form: Format) -> tuple[dict[st
 
 
 def _diffusers(meta: AdapterMeta, file: TensorFile) -> tuple[dict[str, Shaped], dict[str, str]]:
+    """The encoder's keys name the module that transformers had around it before 5.6: with any version, diffusers takes
+    them so, and not without. The configs' names are without, and match the ends of either.
+    """
     tensors: dict[str, Shaped] = {}
     for name in meta.lora:
         component, module = _module(name)
+        within = AROUND if component == "text_encoder" else ""
         for ending in (A, B):
-            tensors[f"{component}.{module}.{ending}"] = _out(meta, file, name, ending)
+            tensors[f"{component}.{within}{module}.{ending}"] = _out(meta, file, name, ending)
     return tensors, {"format": "pt", METADATA: json.dumps(_configs(meta), sort_keys=True)}
 
 
@@ -234,7 +239,7 @@ def _place(key: str, by_kohya: Mapping[str, str]) -> tuple[str | None, str]:
     if old := OLD_PROCESSOR.search(rest):
         module = f"{rest[: old.start()]}.to_{old[1]}" + (".0" if old[1] == "out" else "")
         return f"{component}.{module}.weight", old[2]
-    rest = rest.removeprefix("text_model.")
+    rest = rest.removeprefix(AROUND)
     for down, up in DIFFUSERS:
         for ending, side in ((down, "down"), (up, "up")):
             if rest.endswith(f".{ending}"):
@@ -255,8 +260,8 @@ def _how(file: TensorFile, pair: _Pair, matcher: Matcher | None, module: str, ra
         alpha = _number(file.read(pair.alpha), pair.alpha)
         return LoraMeta(rank=rank, alpha=alpha)
     if matcher:
-        if pair.down and pair.down.startswith("text_encoder.text_model."):
-            module = f"text_model.{module}"  # patterns are of the names that their writer had
+        if pair.down and pair.down.startswith(f"text_encoder.{AROUND}"):
+            module = AROUND + module  # patterns are of the names that their writer had
         if (said := matcher.rank(module)) != rank:
             raise CannotImport(f"{module[:200]} has rank {rank} in its tensors and {said} in the file's metadata")
         return LoraMeta(rank=rank, alpha=matcher.alpha(module), rslora=matcher.config.use_rslora)

@@ -16,6 +16,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
+from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
 import wire
 from adapter import DESCRIPTION, WEIGHTS, AdapterMeta, Description, LoraMeta
@@ -168,6 +169,21 @@ def test_diffusers_loads_what_is_exported_and_draws_the_same_picture(
     drawn = pipeline("a red wall", num_inference_steps=4, generator=torch.Generator().manual_seed(9)).images[0]
     differ = np.abs(np.asarray(drawn).astype(int) - shown[0].pixels.numpy().astype(int))
     assert differ.max() <= 2, "rounding alone"
+
+
+def test_an_encoder_with_a_module_around_it_takes_it_too(folder: Path, source: PictureSource, tmp_path: Path) -> None:
+    """As CLIPTextModel was before transformers 5.6, and CLIPTextModelWithProjection is."""
+    adapter = random_adapter(source)
+    pipeline = tiny_sd.oracle(folder)
+    config = pipeline.text_encoder.config
+    pipeline.text_encoder = CLIPTextModelWithProjection(config)
+    pipeline.load_lora_weights(str(export(adapter, tmp_path, "diffusers")))
+    inside = pipeline.text_encoder.text_model
+    ours = {n.removeprefix("text_encoder."): pair for n, pair in adapter.lora.items() if n.startswith("text_encoder.")}
+    assert ours
+    for name, pair in ours.items():
+        added = inside.get_submodule(name.removesuffix(".weight")).get_delta_weight("default_0")
+        torch.testing.assert_close(added, pair.scale * pair.b @ pair.a, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("form", "mixed"), [("diffusers", True), ("diffusers", False), ("kohya", False)])
