@@ -1,16 +1,15 @@
-"""The shipped nginx.conf before relays as processes: what it passes on, what it keeps back, what it never holds."""
+"""The shipped nginx.conf before two relay processes: what it passes on, what it keeps back, what it never holds."""
 
 import asyncio
 import contextlib
 import json
 import re
-import signal
 import ssl
 import subprocess
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from aiohttp import web
 
 from relay.settings import Settings
 from tests.deploy.front import DOMAIN, Nginx
+from tests.end_to_end.side import ADMIN_KEY, DEAD, ENROL_TOKEN, Side, beating
+from tests.end_to_end.stack import free_port
+from tests.postgres import Postgres
 from tests.relay.conftest import CHAT_ROW, until
 from tests.relay.dialler import DiallingGpu
 from tests.relay.double_gpu import BASE, DONE, FRAMES, DoubleGpu, say_fine, start_stream
-from tests.relay.processes import RelayProcess
 
-KEYS = {"RELAY_ADMIN_KEY": "sk-fine-of-the-admin-behind-nginx", "RELAY_ENROL_TOKEN": "enrol-token-behind-nginx"}
 UPLOAD_BYTES = 3_000_000
 ASK: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "How are you?"}]}
 PAGE = {"x-imfine-page": "1"}
@@ -33,33 +33,48 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
-async def relay(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RelayProcess]:
-    folder = tmp_path_factory.mktemp("relay") / "data"
-    process = RelayProcess(folder, RELAY_HEARTBEAT_S="1", RELAY_MAX_UPLOAD_BYTES=str(UPLOAD_BYTES), **KEYS)
-    await process.start()
-    yield process
-    await process.stop()
+async def side(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Side]:
+    """Which of the two a connection comes to is nginx's choice."""
+    postgres = Postgres(port=free_port())
+    try:
+        postgres.start()
+        postgres.make_template()
+        url = postgres.url(postgres.new(), tcp=True)
+        async with Side(tmp_path_factory.mktemp("side"), url, RELAY_MAX_UPLOAD_BYTES=str(UPLOAD_BYTES)).running() as s:
+            yield s
+    finally:
+        postgres.close()
+
+
+def before(side: Side, folder: Path) -> Nginx:
+    return Nginx(folder, [relay.url for relay in side.relays], RELAY_MAX_UPLOAD_BYTES=str(UPLOAD_BYTES))
 
 
 @pytest.fixture(scope="module")
-async def nginx(relay: RelayProcess, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nginx]:
-    folder = tmp_path_factory.mktemp("nginx")
-    async with Nginx(folder, [relay.url], RELAY_MAX_UPLOAD_BYTES=str(UPLOAD_BYTES)).serving() as nginx:
+async def nginx(side: Side, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Nginx]:
+    async with before(side, tmp_path_factory.mktemp("nginx")).serving() as nginx:
         yield nginx
 
 
 @pytest.fixture
 async def caller(nginx: Nginx) -> AsyncIterator[httpx2.AsyncClient]:
-    async with nginx.client(KEYS["RELAY_ADMIN_KEY"]) as client:
+    async with nginx.client(ADMIN_KEY) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-async def one_gpu(relay: RelayProcess) -> AsyncIterator[DoubleGpu]:
-    async with DoubleGpu(relay.url, KEYS["RELAY_ENROL_TOKEN"], time.time, [BASE]).serving() as gpu:
+async def one_gpu(side: Side) -> AsyncIterator[DoubleGpu]:
+    async with DoubleGpu(side.relays[0].url, ENROL_TOKEN, time.time, [BASE]).serving() as gpu:
         await gpu.enrol()
         await gpu.until_reachable()
-        yield gpu
+        async with side.client(side.relays[1].url) as there:
+
+            async def answered() -> bool:
+                return (await there.post("/v1/chat/completions", json=ASK)).status_code == 200
+
+            await until(answered, 10)
+        async with beating(gpu, []):
+            yield gpu
 
 
 @pytest.fixture
@@ -180,7 +195,7 @@ async def test_a_frame_arrives_before_the_next_is_made(nginx: Nginx, gpu: Double
         return response
 
     gpu.answer = haltingly
-    head = ["-H", f"authorization: Bearer {KEYS['RELAY_ADMIN_KEY']}", "-H", "content-type: application/json"]
+    head = ["-H", f"authorization: Bearer {ADMIN_KEY}", "-H", "content-type: application/json"]
     command = ["curl", "-sN", version, "--cacert", str(nginx.authority), "--max-time", "20", *head]
     command += ["-d", json.dumps({**ASK, "stream": True}), f"{nginx.url}/v1/chat/completions"]
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE)
@@ -205,10 +220,10 @@ async def test_a_caller_who_leaves_stops_the_gpu(caller: httpx2.AsyncClient, gpu
 
 
 async def test_a_gpu_dials_out_through_it(
-    nginx: Nginx, relay: RelayProcess, caller: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    nginx: Nginx, side: Side, caller: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(nginx.authority))  # what the system trusts
-    gpu = DiallingGpu(relay.url, KEYS["RELAY_ENROL_TOKEN"], time.time, ["lab/dialled"])
+    gpu = DiallingGpu(side.relays[0].url, ENROL_TOKEN, time.time, ["lab/dialled"])
     async with gpu.dialling(nginx.url):
         await gpu.enrol_and_tell()
         await gpu.until_reachable()
@@ -232,9 +247,7 @@ async def test_the_callers_own_address_is_noted_and_a_forged_one_is_not(
 
 async def test_the_session_is_a_secure_cookie_of_the_domain(nginx: Nginx, caller: httpx2.AsyncClient) -> None:
     del caller.headers["authorization"]
-    signed_in = await caller.post(
-        "/api/session", json={"key": KEYS["RELAY_ADMIN_KEY"]}, headers={**PAGE, "origin": nginx.url}
-    )
+    signed_in = await caller.post("/api/session", json={"key": ADMIN_KEY}, headers={**PAGE, "origin": nginx.url})
     assert signed_in.status_code == 200
     assert signed_in.headers["set-cookie"].startswith("__Host-")
     assert "Secure" in signed_in.headers["set-cookie"]
@@ -256,9 +269,9 @@ async def test_a_flood_of_sign_ins_ends_at_nginx_and_touches_nobody_else(nginx: 
 
 
 async def test_an_upload_goes_in_as_it_comes_and_lies_in_no_file_of_nginx(
-    nginx: Nginx, relay: RelayProcess, caller: httpx2.AsyncClient
+    nginx: Nginx, side: Side, caller: httpx2.AsyncClient
 ) -> None:
-    incoming, go_on = relay.folder / "blobs" / "incoming", asyncio.Event()
+    incoming, go_on = side.relays[0].folder / "blobs" / "incoming", asyncio.Event()
     boundary, rows = "x" * 20, CHAT_ROW.encode() * 20_000
     head = f'--{boundary}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--{boundary}\r\n'
     head += 'content-disposition: form-data; name="file"; filename="rows.jsonl"\r\n\r\n'
@@ -286,7 +299,7 @@ async def test_too_large_is_said_before_it_is_sent(
     nginx: Nginx, path: str, size: int, version: str, tmp_path: Path
 ) -> None:
     (tmp_path / "body").write_bytes(b"x" * size)
-    key = f"authorization: Bearer {KEYS['RELAY_ADMIN_KEY']}"
+    key = f"authorization: Bearer {ADMIN_KEY}"
     options = [version, "-H", key, "-H", "content-type: multipart/form-data; boundary=x", "-H", "expect: 100-continue"]
     options += ["--data-binary", f"@{tmp_path / 'body'}", "--expect100-timeout", "10"]
     shown = await nginx.curl(*options, "-w", "\n%{http_code} %{size_upload}", f"{nginx.url}{path}")
@@ -304,14 +317,14 @@ async def test_an_upload_over_the_relays_limit_is_its_own_413(nginx: Nginx, call
     assert f"{UPLOAD_BYTES:,}" in response.json()["error"]["message"]
 
 
-async def test_slow_callers_hold_nobody_up_and_are_let_go(relay: RelayProcess, tmp_path: Path) -> None:
-    nginx = Nginx(tmp_path / "n", [relay.url])
+async def test_slow_callers_hold_nobody_up_and_are_let_go(side: Side, tmp_path: Path) -> None:
+    nginx = before(side, tmp_path / "n")
     text = nginx.render()
     for name in ("client_header_timeout 15s", "client_body_timeout 60s"):
         assert name in text
         text = text.replace(name, name.split()[0] + " 1s")
     nginx.write(text)
-    async with nginx.serving(), nginx.client(KEYS["RELAY_ADMIN_KEY"]) as caller:
+    async with nginx.serving(), nginx.client(ADMIN_KEY) as caller:
         context = ssl.create_default_context(cafile=str(nginx.authority))
         request = f"POST /v1/files HTTP/1.1\r\nhost: {DOMAIN}:{nginx.https_port}\r\ncontent-length: 1000\r\n"
         opened = []
@@ -334,32 +347,69 @@ async def test_slow_callers_hold_nobody_up_and_are_let_go(relay: RelayProcess, t
 # --- several relays ---
 
 
-async def test_one_relay_of_two_is_gone_and_callers_notice_nothing(relay: RelayProcess, tmp_path: Path) -> None:
-    other = RelayProcess(tmp_path / "other", **KEYS)
-    await other.start()
-    nginx = Nginx(tmp_path / "n", [relay.url, other.url])
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(other.stop)
-        await stack.enter_async_context(nginx.serving())
-        caller = await stack.enter_async_context(nginx.client(KEYS["RELAY_ADMIN_KEY"]))
-        statuses: list[int] = []
+async def test_a_relay_is_killed_in_mid_load_and_only_what_was_with_it_notices(
+    side: Side, nginx: Nginx, caller: httpx2.AsyncClient, gpu: DoubleGpu
+) -> None:
+    doomed, go_on = side.relays[1], asyncio.Event()
 
-        async def ask(_: int) -> None:
-            for i in range(20):
-                asked = caller.get("/v1/models") if i % 2 else caller.post("/v1/files", content=b"no form")
-                statuses.append((await asked).status_code)
+    async def haltingly(request: web.Request, body: bytes) -> web.StreamResponse:
+        if json.loads(body).get("user") != "patient":
+            return await say_fine(request, body)
+        response = await start_stream(request)
+        await response.write(FRAMES[0].encode())
+        await go_on.wait()
+        await response.write(DONE.encode())
+        return response
 
+    async def patient(read: list[str]) -> bool:
+        """Whether all of it came."""
+        with contextlib.suppress(*DEAD):
+            asked = {**ASK, "stream": True, "user": "patient"}
+            async with caller.stream("POST", "/v1/chat/completions", json=asked) as response:
+                async for line in response.aiter_lines():
+                    read.append(line)
+        return "data: [DONE]" in read
+
+    statuses: list[int] = []
+
+    async def ask(_: int) -> None:
+        asked = [
+            partial(caller.get, "/v1/models"),
+            partial(caller.post, "/v1/files", content=b"no form"),
+            partial(caller.post, "/v1/chat/completions", json={**ASK, "stream": True}),
+        ]
+        for i in range(24):
+            try:
+                response = await asked[i % 3]()
+                broke_off = response.is_success and i % 3 == 2 and response.text != "".join(FRAMES) + DONE
+            except DEAD:
+                broke_off = True
+            statuses.append(0 if broke_off else response.status_code)
+
+    gpu.answer = haltingly
+    read: list[list[str]] = [[], [], [], []]  # the fewest connections get the next: both have some
+    patients = asyncio.gather(*map(patient, read))
+    try:
+        await until(lambda: all(read))
         asking = asyncio.gather(*map(ask, range(4)))
         await until(lambda: len(statuses) > 10)
-        await other.stop(signal.SIGKILL)
+        await doomed.stop()
         await asking
-        late = statuses.count(503)  # a POST that was with the killed one at that moment is not sent twice
-        assert late <= 4
-        assert len(statuses) - late == statuses.count(200) + statuses.count(400)
-        both_gone = Nginx(tmp_path / "gone", [other.url])
-        await stack.enter_async_context(both_gone.serving())
-        gone = await stack.enter_async_context(both_gone.client(KEYS["RELAY_ADMIN_KEY"]))
-        response = await gone.get("/v1/models")
+        go_on.set()
+        whole = await patients
+    finally:
+        await doomed.start()
+    assert 0 < whole.count(True) < len(whole), whole
+    assert len(statuses) == 4 * 24
+    late = [status for status in statuses if status in (0, 503)]  # a POST is never sent twice
+    assert len(late) <= 4
+    assert len(statuses) - len(late) == statuses.count(200) + statuses.count(400)
+
+
+async def test_with_no_relay_left_nginx_says_when_to_try_again(tmp_path: Path) -> None:
+    nobody = Nginx(tmp_path / "n", [f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"])
+    async with nobody.serving(), nobody.client(ADMIN_KEY) as caller:
+        response = await caller.get("/v1/models")
         assert response.status_code == 503
         assert response.headers["retry-after"] == "2"
         assert response.json()["error"]["code"] == "unavailable"

@@ -11,9 +11,11 @@ from urllib.parse import urlsplit
 import httpx2
 from sqlalchemy import select
 
+import wire
 from relay.store import Store
 from relay.tables import gpus, relays
 from tests.end_to_end.stack import Service, free_port
+from tests.relay.double_gpu import DoubleGpu
 from tests.relay.processes import RelayProcess
 
 T = TypeVar("T")
@@ -140,3 +142,19 @@ async def again(ask: Callable[[], Awaitable[T]]) -> T:
             if getattr(found, "status_code", 200) != 503:
                 return found
         await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def beating(gpu: DoubleGpu, leases: list[wire.HeldLease]) -> AsyncIterator[None]:
+    """As a living gpu does, whatever becomes of the relays."""
+
+    async def beat() -> None:
+        while True:
+            await again(lambda: gpu.beat(*leases))
+
+    task = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -8,7 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import wire
 from relay import errors
 from relay.tables import job_events, jobs, models
 from tests.conftest import TINY
-from tests.end_to_end.side import DEAD, ENROL_TOKEN, Side, again
+from tests.end_to_end.side import DEAD, ENROL_TOKEN, Side, again, beating
 from tests.end_to_end.stack import Gpu, free_port
 from tests.postgres import Postgres
 from tests.relay.conftest import CHAT_ROW, Clock, until
@@ -42,22 +42,6 @@ async def side(tmp_path: Path, postgres: Postgres) -> AsyncIterator[Side]:
     async with Side(tmp_path, postgres.url(name, tcp=True)).running() as side:
         yield side
     postgres.drop(name)
-
-
-@asynccontextmanager
-async def beating(gpu: DoubleGpu, leases: list[wire.HeldLease]) -> AsyncIterator[None]:
-    """As a living gpu does, whatever becomes of the relays."""
-
-    async def beat() -> None:
-        while True:
-            await again(lambda: gpu.beat(*leases))
-
-    task = asyncio.create_task(beat())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_the_relay_that_a_gpu_dialled_is_killed_in_mid_load_and_the_other_goes_on(side: Side) -> None:
