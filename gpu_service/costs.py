@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import wire
 from gpu_service.layers import Selection, TensorInfo
@@ -12,6 +13,7 @@ HEAD_CHUNK_TOKENS = 256  # labels whose logits are held at once over a frozen he
 TRAINED_HEAD_CHUNK_TOKENS = 1024  # the same where the head is trained, or adapted
 LABELLED = 0.5  # of all tokens, where the data is not known
 DISK_BYTES_PER_S = 500e6  # of a plain SSD, until it is measured
+TEXT_TOKENS = 77  # that a text encoder of Stable Diffusion reads at once
 LEAST_GAIN_S = 2.0  # below it a cached prefix is not worth its bytes, and timing would decide by chance
 STATE_OVERHEAD_BYTES, STATE_TENSOR_BYTES = 12_000, 600  # of a checkpoint: its description; names and shapes, by tensor
 
@@ -119,12 +121,13 @@ def picture_estimate(
     """What a micro-batch of `rows` pictures needs, whose latents are `side` x `side`.
 
     The same for a Stable Diffusion: nothing is kept below the lowest trained block, for latents and texts that do not
-    change are computed once, before.
+    change are computed once, before. Each picture has a text of its own, which a trained encoder reads with it.
     """
     n = selection.n_trainable
     trained = {t.name for t in selection.full} | {target.tensor.name for target in selection.lora}
     unet, lowest = [t for t in tensors if t.component == "unet"], selection.lowest_layer
     kept = sum(_kept_of_picture(t, side, trained, selection) for t in unet if t.layer is None or t.layer >= lowest)
+    kept += TEXT_TOKENS * _kept_of_text(selection, tensors, trained)
     cast = n * bytes_per_param if bytes_per_param < 4 else 0
     return Estimate(
         weights_bytes=bytes_per_param * sum(t.n_params for t in tensors),
@@ -168,6 +171,32 @@ def _kept_of_picture(tensor: TensorInfo, side: int, trained: set[str], selection
         case "mlp.down":
             return of_input
     return 0
+
+
+def _kept_of_text(selection: Selection, tensors: Sequence[TensorInfo], trained: set[str]) -> int:
+    """Numbers by token that a trained text encoder keeps: what enters each norm; queries, keys, values and what
+    attention puts out; the MLP's inner states and their gate; and what enters each matrix that is trained.
+    """
+    texts = [t for t in selection.tensors if t.component == "text_encoder"]
+    if not texts:
+        return 0
+    lowest = 0 if any(t.is_first for t in texts) else min((t.layer for t in texts if t.layer is not None), default=inf)
+    numbers = 0
+    for tensor in tensors:
+        if tensor.component != "text_encoder" or (tensor.layer is not None and tensor.layer < lowest):
+            continue
+        width = tensor.shape[-1]
+        if len(tensor.shape) == 2 and not tensor.is_first and tensor.name in trained:
+            numbers += width
+        if tensor.name.endswith(".weight"):
+            numbers += {
+                "norm.attn": width,
+                "norm.mlp": width,
+                "norm.final": width,
+                "attn.q": 4 * width,
+                "mlp.up": 2 * tensor.shape[0],
+            }.get(tensor.part, 0)
+    return numbers
 
 
 def checkpoint_bytes(selection: Selection, moments_bytes_per_param: int = 8, *, keeps_best: bool = False) -> int:

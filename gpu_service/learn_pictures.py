@@ -224,8 +224,12 @@ class PictureLearner:
         side, latents = self._job.plan.resolution, torch.zeros((self._shape[0] // 2, *self._shape[1:]))
         with torch.no_grad():
             self._base.encode(torch.zeros((1, 3, side, side)), whole=True)  # as each picture is, before the first step
-        longest = self._captions[max(self._captions, key=lambda caption: self._ids(caption).numel())]
-        return self._loss([_Seen(latents, latents, 0, longest, 1.0)] * (rows * self._job.in_a_row))
+        count = rows * self._job.in_a_row
+        longest = sorted(self._captions, key=lambda caption: self._ids(caption).numel(), reverse=True)
+        shown = longest[: count if self._job.trains_texts else 1]  # each is read, and what that keeps is kept
+        return self._loss(
+            [_Seen(latents, latents, 0, self._captions[shown[n % len(shown)]], 1.0) for n in range(count)]
+        )
 
     def needs_bytes(self, rows: int) -> int:
         plan = self._job.plan

@@ -17,6 +17,7 @@ import httpx2
 import pytest
 
 import logs
+from tests.relay.conftest import until
 from tests.relay.double_gpu import BASE, DoubleGpu
 from tests.relay.processes import RelayProcess
 
@@ -127,6 +128,7 @@ async def test_a_request_is_one_line_of_json_with_its_id_on_the_relay_and_at_the
             me = (await http.get("/api/me", headers=headers)).json()["user"]["id"]
             await http.get(f"/v1/files/{SECRET}?secret={SECRET}", headers=headers)
             await http.get(f"/{SECRET}")
+            await until(lambda: '"unknown"' in relay.log)  # the line is written once the answer is out
     finally:
         await relay.stop()
     lines: list[dict[str, Any]] = [json.loads(line) for line in relay.log.splitlines()]

@@ -21,6 +21,7 @@ import wire
 from relay import errors
 from relay.tables import job_events, jobs, models
 from tests.conftest import TINY
+from tests.end_to_end.rabbit import Rabbit
 from tests.end_to_end.side import DEAD, ENROL_TOKEN, Side, again, beating
 from tests.end_to_end.stack import Gpu, free_port
 from tests.postgres import Postgres
@@ -111,18 +112,35 @@ async def test_the_relay_that_a_gpu_dialled_is_killed_in_mid_load_and_the_other_
 
 
 GPUS = 12
+Disturb = Callable[[Callable[[], None]], Awaitable[None]]  # it is given what kills a gpu
 
 
 @pytest.mark.long
-async def test_five_hundred_jobs_end_once_each_while_relays_are_killed_and_started_again(side: Side) -> None:
-    dice = random.Random(1)
+async def test_five_hundred_jobs_end_once_each_while_relays_workers_and_gpus_are_killed(
+    tmp_path: Path, postgres: Postgres, rabbit: Rabbit
+) -> None:
+    dice, name = random.Random(1), postgres.new()
+    async with AsyncExitStack() as stack:
+        stack.callback(postgres.drop, name)
+        side = Side(tmp_path, postgres.url(name, tcp=True), RELAY_BROKER_URL=rabbit.url)
+        await stack.enter_async_context(side.running())
+        beside = [side.beside("worker", "--concurrency", "1", name=f"worker-{n}") for n in range(2)]
+        beside.append(side.beside("beat", name="beat"))
+        for service in beside:
+            stack.callback(service.close)
+            service.start()
 
-    async def kill() -> None:
-        relay = dice.choice(side.relays)
-        await relay.stop()
-        await relay.start()
+        async def kill(kill_gpu: Callable[[], None]) -> None:
+            relay, service = dice.choice(side.relays), dice.choice(beside)
+            kill_gpu()
+            service.kill()
+            await relay.stop()
+            service.start()
+            await relay.start()
 
-    await many_jobs(side, 20, 25, kill, 4)
+        await many_jobs(side, 20, 25, kill, 5)
+        lost = await side.rows(select(func.sum(jobs.c.fence - 1)))
+        assert lost[0][0] >= 5, "a gpu each time"
 
 
 @pytest.mark.long
@@ -140,16 +158,19 @@ async def test_a_database_that_is_restarted_and_that_crashes_under_load_loses_an
             server.stop(next(how))
             server.start()
 
+        async def disturb(_: Callable[[], None]) -> None:
+            await asyncio.to_thread(restart)
+
         async with Side(tmp_path, server.url(server.new(), tcp=True)).running() as side:
-            await many_jobs(side, 6, 10, lambda: asyncio.to_thread(restart), 4)
+            await many_jobs(side, 6, 10, disturb, 4)
     finally:
         server.close()
 
 
-async def many_jobs(side: Side, users: int, jobs_each: int, disturb: Callable[[], Awaitable[None]], times: int) -> None:
+async def many_jobs(side: Side, users: int, jobs_each: int, disturb: Disturb, times: int) -> None:
     """All of them to their end, each once, while something happens so many times, as often as so many more are done."""
     began, all_done = time.monotonic(), asyncio.Event()
-    total, told = users * jobs_each, Counter[str]()
+    total, told, doomed = users * jobs_each, Counter[str](), list[int]()
 
     def more_are_done(than: float) -> bool:
         return told.total() > than
@@ -157,10 +178,15 @@ async def many_jobs(side: Side, users: int, jobs_each: int, disturb: Callable[[]
     async def keep_disturbing() -> None:
         for number in range(times):
             await until(partial(more_are_done, number * total / times), 200)
-            await disturb()
+            await disturb(partial(doomed.append, number))
 
-    async def train(gpu: DoubleGpu) -> None:
+    async def train() -> None:
+        gpu = DoubleGpu(side.front.url, ENROL_TOKEN, Now(), [BASE])
         gpu.url = "http://127.0.0.1:9"  # alive is enough for jobs; nobody can reach it
+        async with gpu.http:
+            await learn(gpu)
+
+    async def learn(gpu: DoubleGpu) -> None:
         assert (await again(gpu.enrol)).is_success
         while not all_done.is_set():
             for command in (await again(gpu.beat)).commands:
@@ -169,6 +195,10 @@ async def many_jobs(side: Side, users: int, jobs_each: int, disturb: Callable[[]
                 grant, blob = command, f"tensors of {command.job.job_id}".encode()
                 event = wire.JobEvent(seq=0, at=time.time(), message="a step")
                 await again(lambda grant=grant, event=event: gpu.report(grant, event))  # type: ignore[misc]
+                if doomed:  # it is dead in the middle of a job, and the next that comes knows nothing of it
+                    doomed.pop()
+                    work.create_task(train())
+                    return
                 await again(lambda grant=grant, blob=blob: gpu.upload(grant, blob))  # type: ignore[misc]
                 done = await again(lambda grant=grant, blob=blob: gpu.finish(grant, result_of(grant, blob)))  # type: ignore[misc]
                 told[str(done.status_code)] += 1
@@ -196,30 +226,24 @@ async def many_jobs(side: Side, users: int, jobs_each: int, disturb: Callable[[]
             if any(job["user_provided_suffix"] == suffix for job in there.json()["data"]):
                 return
 
-    async with AsyncExitStack() as stack:
-        gpus_ = [DoubleGpu(side.front.url, ENROL_TOKEN, Now(), [BASE]) for _ in range(GPUS)]
-        for gpu in gpus_:
-            stack.push_async_callback(gpu.http.aclose)
-        admin = await stack.enter_async_context(side.client())
-        async with asyncio.timeout(240), asyncio.TaskGroup() as work:
-            for gpu in gpus_:
-                work.create_task(train(gpu))
-            await until(lambda: all(gpu.reply for gpu in gpus_), 30)
-            work.create_task(keep_disturbing())
-            async with asyncio.TaskGroup() as users_:
-                for number in range(users):
-                    users_.create_task(use(number, admin))
-            created_s = time.monotonic() - began
+    async with side.client() as admin, asyncio.timeout(240), asyncio.TaskGroup() as work:
+        for _ in range(GPUS):
+            work.create_task(train())
+        work.create_task(keep_disturbing())
+        async with asyncio.TaskGroup() as users_:
+            for number in range(users):
+                users_.create_task(use(number, admin))
+        created_s = time.monotonic() - began
 
-            async def over() -> bool:
-                await asyncio.sleep(0.5)  # to look costs those who work
-                query = select(func.count()).where(jobs.c.status == "succeeded")
-                with contextlib.suppress(errors.Unavailable):  # the database may be what is disturbed
-                    return bool((await side.rows(query))[0][0] >= total)
-                return False
+        async def over() -> bool:
+            await asyncio.sleep(0.5)  # to look costs those who work
+            query = select(func.count()).where(jobs.c.status == "succeeded")
+            with contextlib.suppress(errors.Unavailable):  # the database may be what is disturbed
+                return bool((await side.rows(query))[0][0] >= total)
+            return False
 
-            await until(over, 200)
-            all_done.set()
+        await until(over, 200)
+        all_done.set()
     took_s = time.monotonic() - began
     print(f"{total} jobs: created in {created_s:.0f} s, over in {took_s:.0f} s, {told}")
     per_user = await side.rows(select(jobs.c.owner, func.count()).group_by(jobs.c.owner))

@@ -301,6 +301,21 @@ def test_a_trained_text_encoder_is_read_anew_in_every_step(make: Make, base: Pic
     assert all(name.startswith("text_encoder.encoder.layers.") and bool(x.b.any()) for name, x in trained.lora.items())
 
 
+def test_a_trial_reads_as_many_texts_as_a_slice_may_where_the_encoder_is_trained(
+    make: Make, base: PictureBase, cpu: Device
+) -> None:
+    for spec, expected in ((ENCODER, 3), (CROSS, 1)):
+        job = make(spec)
+        learner = PictureLearner(job, base, cpu, trainable.build(job.selection, base, 5))
+        read: list[int] = []
+        hook = base.text_encoder.register_forward_hook(lambda *_, read=read: read.append(1))
+        try:
+            learner.trial(8)
+        finally:
+            hook.remove()
+        assert len(read) == expected, "two captions and none"
+
+
 def test_pictures_of_the_class_are_the_models_own_and_each_has_its_turn(
     make: Make, base: PictureBase, cpu: Device
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
+from transformers import CLIPTextModel
 
 from gpu_service import layers, sd, trainable
 from gpu_service.errors import BadRequest, NoSuchLayer, UnsupportedModel
@@ -156,17 +157,22 @@ def test_names_of_old_checkpoints_are_read(source: PictureSource) -> None:
         {"parts": ["attn", "mlp", "norm", "conv", "time"]},
         {"parts": ["attn.cross"], "layers": "up.1-2"},
         {"parts": ["mlp"], "layers": "mid"},
+        {"component": "text_encoder", "parts": ["attn", "mlp"]},
+        {"component": "text_encoder", "parts": ["mlp"], "layers": "last:1"},
     ],
 )
 def test_what_is_kept_for_the_backward_pass_is_what_was_said(source: PictureSource, spec: dict[str, Any]) -> None:
     selection = chosen(source.tensors, spec)
-    unet = UNet2DConditionModel.from_pretrained(source.folder / "unet").requires_grad_(False)
-    wanted = {t.name.removeprefix("unet.") for t in selection.full}
-    for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(name in wanted)
+    unet = UNet2DConditionModel.from_pretrained(source.folder / "unet")
+    encoder = CLIPTextModel.from_pretrained(source.folder / "text_encoder", dtype=torch.float32)
+    wanted = {t.name for t in selection.full}
+    for component, network in (("unet", unet), ("text_encoder", encoder)):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(f"{component}.{name}" in wanted)
     side = source.native // source.factor
-    seen = torch.randn(2, 77, 96)
-    with Kept([*unet.parameters(), *unet.buffers(), seen]) as kept:
+    known = [*unet.parameters(), *unet.buffers(), *encoder.parameters(), *encoder.buffers()]
+    with Kept(known) as kept:
+        seen = encoder(torch.ones((2, 77), dtype=torch.long))[0]
         out = unet(torch.randn(2, 4, side, side), 5, encoder_hidden_states=seen, return_dict=False)[0]
     assert out.requires_grad
     cost = source.cost(selection, 2, 4)
