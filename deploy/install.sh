@@ -128,7 +128,7 @@ place_files() {
     TLS_DIR=$etc/tls sh deploy/certificate.sh first "$domain"
 }
 
-setting() { sed -n "s/^$1=//p" "$etc/relay.env" | tail -n 1; }
+setting() { sed -n "s/^$1=//p" "$etc/relay.env" | tail -n 1 | sed "s/^\\(['\"]\\)\\(.*\\)\\1\$/\\2/"; } # without quotes, as systemd reads it
 
 render_nginx() {
     for name in RELAY_MAX_BODY_BYTES RELAY_MAX_UPLOAD_BYTES RELAY_MAX_ADAPTER_BYTES; do

@@ -33,7 +33,9 @@ put() { # FILE NAME VALUE
     { [ ! -e "$1" ] || grep -v "^$2=" "$1" || true; printf '%s=%s\n' "$2" "$3"; } >"$1.new"
     mv "$1.new" "$1"
 }
-get() { [ ! -e "$1" ] || sed -n "s/^$2=//p" "$1" | tail -n 1; } # FILE NAME
+get() { # FILE NAME
+    [ ! -e "$1" ] || sed -n "s/^$2=//p" "$1" | tail -n 1 | sed "s/^\\(['\"]\\)\\(.*\\)\\1\$/\\2/"
+}
 has() { [ -n "$(get "$1" "$2")" ]; }
 
 # The relay makes its two keys itself; a value in the settings would win over the file.

@@ -46,7 +46,7 @@ class Machine:
             self._program(name, f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/doubles/{name}.py" "$@"\n')
         self._program("sudo", SUDO)
         self.etc.mkdir(parents=True)
-        (self.etc / "relay.env").write_text(f"RELAY_PORT={self.relay_port}\n")
+        (self.etc / "relay.env").write_text(f'RELAY_PORT="{self.relay_port}"\n')
 
     def _program(self, name: str, text: str) -> None:
         path = self.root / "bin" / name

@@ -5,6 +5,7 @@ Knows simple, oneshot and forking services, Environment, EnvironmentFile, StateD
 """
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -32,7 +33,8 @@ def environment(unit: dict[str, str]) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RELAY_")}
     clean |= dict([unit["Environment"].split("=", 1)] if "Environment" in unit else [])
     if file := unit.get("EnvironmentFile"):
-        clean |= dict(line.split("=", 1) for line in Path(file).read_text().splitlines() if "=" in line)
+        told = dict(line.split("=", 1) for line in Path(file).read_text().splitlines() if "=" in line)
+        clean |= {name: re.sub(r"^([\"'])(.*)\1$", r"\2", value) for name, value in told.items()}
     return clean
 
 

@@ -129,14 +129,15 @@ async def test_a_model_that_predicts_velocity_is_equal_too(tmp_path: Path, cpu: 
     assert near(made, expected(tiny_sd.oracle(folder), guidance_scale=1))
 
 
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
 async def test_a_picture_to_begin_with_is_changed_as_the_pipeline_changes_it(
-    painter: Worker, source: PictureSource, pipeline: Any
+    painter: Worker, source: PictureSource, pipeline: Any, scheduler: str | None
 ) -> None:
     start = Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
     other = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
-    other.scheduler = source.new_scheduler("ddim")
-    [made] = await draw(painter, source, image=as_base64(start), strength=0.5, scheduler="ddim")
+    other.scheduler = source.new_scheduler(scheduler)
+    [made] = await draw(painter, source, image=as_base64(start), strength=0.5, scheduler=scheduler)
     assert near(made, expected(other, image=start, strength=0.5))
 
 
