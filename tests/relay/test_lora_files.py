@@ -49,11 +49,12 @@ async def gpu(relay: Relay) -> AsyncIterator[DoubleGpu]:
 
 
 def tensors() -> dict[str, Tensor]:
+    """By the names that diffusers takes with every version of transformers."""
     return {
         f"unet.{QUERY}.lora_A.weight": torch.randn(2, H),
         f"unet.{QUERY}.lora_B.weight": torch.randn(H, 2),
-        f"text_encoder.{MLP}.lora_A.weight": torch.randn(3, H),
-        f"text_encoder.{MLP}.lora_B.weight": torch.randn(H, 3),
+        f"text_encoder.text_model.{MLP}.lora_A.weight": torch.randn(3, H),
+        f"text_encoder.text_model.{MLP}.lora_B.weight": torch.randn(H, 3),
     }
 
 
