@@ -1,14 +1,15 @@
 """Pictures, side by side with diffusers, in one run: drawing them, and training on them.
 
 Drawing: the demo Stable Diffusion in fp32 at 128 x 128, 20 steps, the same prompt and guidance. The peer draws in its
-own process and environment, one picture after another; ours is asked over HTTP at the gpu, with five previews on. The
-sides take turns, and medians count. Training is bench/image_train.py's.
+own process and environment; ours is asked over HTTP at the gpu, with five previews on. The sides take turns from
+picture to picture, for a machine's speed may change within a minute, and medians count. Training is
+bench/image_train.py's.
 
-The last line is JSON; ratios above 1 mean that ours is faster. `generate_ratio`: a picture of the pipeline / one of
-ours. `batch8_ratio`: eight pictures of the pipeline one after another / eight requests at once. `train_speedup`:
-seconds of a run of theirs / of ours. `train_rss_ratio`: memory of ours / of theirs. `fast_ratio`: ours with
-every step whole / one that is drawn fast, of the model that the training half makes. Run it by `make bench-image`, on a
-machine that does nothing else.
+The last line is JSON; ratios above 1 mean that ours is faster. `generate_ratio`: a picture of the pipeline / the one
+of ours after it. `batch8_ratio`: eight pictures of the pipeline one after another / eight requests at once.
+`train_speedup`: seconds of a run of theirs / of ours. `train_rss_ratio`: memory of ours / of theirs. `fast_ratio`: ours
+with every step whole / one that is drawn fast, of the model that the training half makes. Run it by `make bench-image`,
+on a machine that does nothing else.
 """
 
 import argparse
@@ -20,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +45,22 @@ def peer() -> Path:
     return peers.python(ROOT / "data/bench/image-peer", PEER)
 
 
-def peer_s(folder: Path, threads: int, pictures: int) -> float:
-    """Seconds of one picture."""
-    spec = {**ASKED, "model": str(diffusion.FOLDER), "threads": threads, "pictures": pictures}
-    (folder / "spec.json").write_text(json.dumps(spec))
+@contextmanager
+def pipeline(folder: Path, threads: int) -> Iterator[Callable[[int], float]]:
+    """What draws the picture of a seed, and returns its seconds."""
+    (folder / "spec.json").write_text(json.dumps({**ASKED, "model": str(diffusion.FOLDER), "threads": threads}))
     command = [peer(), ROOT / "bench/image_peer.py", folder / "spec.json"]
-    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, check=True)
-    return float(json.loads(done.stdout.decode().splitlines()[-1])["picture_s"])
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def draw(seed: int) -> float:
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write(f"{seed}\n")
+            process.stdin.flush()
+            return float(json.loads(process.stdout.readline())["picture_s"])
+
+        yield draw
 
 
 @functools.cache
@@ -93,7 +105,7 @@ def main() -> int:
     parser.add_argument("--trainings", type=int, default=2, help="of each side; one takes minutes")
     asked = parser.parse_args()
     threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    theirs, ours, together = [], [], []
+    theirs, ours, together, neighbours = [], [], [], []
     speedups, memory, fast_ratios = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -102,13 +114,17 @@ def main() -> int:
             narrow = image_train.write_model(folder / "model")
             served = {diffusion.NAME: diffusion.FOLDER, NARROW: narrow}
             gpu = Gpu(folder / "gpu", served, relay, GPU_PRECISION="fp32", OMP_NUM_THREADS=str(threads))
-            with running(gpu):
+            with running(gpu), pipeline(folder, threads) as theirs_of:
                 relay.serves(diffusion.NAME)
                 for model in served:
                     draw(gpu, 0, model)  # warm
+                theirs_of(0)
                 for repetition in range(asked.repetitions):
-                    theirs.append(peer_s(folder, threads, asked.pictures))
-                    ours.append(statistics.median(draw(gpu, seed) for seed in range(1, 1 + asked.pictures)))
+                    seeds = range(1, 1 + asked.pictures)
+                    pairs = [(theirs_of(seed), draw(gpu, seed)) for seed in seeds]
+                    neighbours += [them / us for them, us in pairs]
+                    theirs.append(statistics.median(them for them, _ in pairs))
+                    ours.append(statistics.median(us for _, us in pairs))
                     together.append(at_once_s(gpu, 100 * (1 + repetition)))
                     plain, reused = ([draw(gpu, seed, NARROW, fast=fast) for seed in (1, 2)] for fast in (False, True))
                     fast_ratios.append(sum(plain) / sum(reused))
@@ -131,7 +147,7 @@ def main() -> int:
         "train_speedup": round(statistics.median(speedups), 2),
         "train_rss_ratio": round(statistics.median(memory), 2),
     }
-    generate = statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+    generate = statistics.median(neighbours)
     batch = statistics.median(AT_ONCE * a / b for a, b in zip(theirs, together, strict=True))
     fast_ratio = round(statistics.median(fast_ratios), 2)
     drawn = {"generate_ratio": round(generate, 2), "batch8_ratio": round(batch, 2), "fast_ratio": fast_ratio}
