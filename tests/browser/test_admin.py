@@ -62,7 +62,7 @@ def test_a_person_that_the_admin_made_signs_in_by_password_changes_it_and_leaves
         other.sign_in_by_password("dana", OTHER_WORD)
         other.is_in()
 
-        other.go("/account")
+        other.account()
         other.button("Delete my account …").click()
         expect(page.get_by_role("dialog")).to_contain_text("jobs, those under way too")
         page.get_by_role("dialog").get_by_label("Password", exact=True).last.fill(WORD)

@@ -111,7 +111,7 @@ def test_a_webhook_is_made_shows_its_secret_once_is_told_and_goes(
     with receiver() as (url, told), visiting(chromium, stack.relay) as visit:
         page = visit.page
         visit.sign_in()
-        visit.go("/account")
+        visit.account()
         visit.button("New webhook").click()
         dialog = page.get_by_role("dialog")
         dialog.get_by_label("Address").fill("https://10.0.0.1/hook")

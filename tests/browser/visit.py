@@ -16,6 +16,7 @@ from tests.end_to_end.stack import Relay
 # What fades, and what is dimmed until something newer has come, has another contrast.
 SETTLED = """() => !document.querySelector('[data-stale="true"]') && document.getAnimations().every(
     each => each.playState !== 'running' || each.effect.getComputedTiming().iterations === Infinity)"""
+NO_WEBHOOKS = re.compile(r"^(None yet\.|아직 없습니다\.)$")
 AXE = ROOT / "web/node_modules/axe-core/axe.min.js"
 WIDTHS = {"phone": (390, 844), "desk": (1440, 900)}
 LANGUAGES = {"ko": "ko-KR", "en": "en-US"}
@@ -43,6 +44,13 @@ class Visit:
 
     def go(self, path: str) -> None:
         self.page.goto(self.relay.url + path)
+
+    def account(self) -> None:
+        """Once all is there: what comes later moves the buttons below, and a click that has begun would miss."""
+        self.go("/account")
+        expect(self.page.locator("dt").first).to_be_visible()  # what was used
+        webhooks = self.page.get_by_text(NO_WEBHOOKS).or_(self.button("Deliveries").first)
+        expect(webhooks.first).to_be_visible()
 
     def sign_in(self, key: str | None = None) -> None:
         self.go("/")
